@@ -3,32 +3,43 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# The CPU build of this release is small; with CUDA use SYSTEM_TORCH=1 to keep the torch you have.
+# Arguments of pip for torch, installed before all else. With CUDA, `SYSTEM_TORCH=1 make …` keeps the torch you have.
 TORCH  ?= torch==2.13.0
 
 .PHONY: setup demo test test-all lab notebooks readme docs clean
 
 setup: $(READY)
 
-$(READY): pyproject.toml Makefile
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "stan_nb needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("stan_nb needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(if $(SYSTEM_TORCH),$(BIN)/python -c 'import torch; print("keeping torch", torch.__version__)',$(BIN)/python -m pip install -q '$(TORCH)')
+	$(if $(SYSTEM_TORCH),$(BIN)/python -c 'import torch; print("keeping torch", torch.__version__)',$(BIN)/python -m pip install -q $(TORCH))
 	$(BIN)/python -m pip install -q -e '.[dev,docs,diffusion]'
-	touch $(READY)
+	@touch $(READY)
 
-demo: $(READY)
+demo: $(READY)       ## adapt a real pretrained encoder with LoRA and with STAN; table, adapters, report
 	$(BIN)/stan-nb demo
 
-test: $(READY)
+test: $(READY)       ## every test: notebooks in sync, clean and running, then pytest
+	$(BIN)/nbdev-test --n_workers 2 --do_print --timing
 	$(BIN)/python -m pytest tests
 
-test-all: $(READY)
+test-all: $(READY)   ## the same with the long counts
+	$(BIN)/nbdev-test --n_workers 2 --do_print --timing
 	$(BIN)/python -m pytest tests -m "slow or not slow"
 
-lab: $(READY)
+lab: $(READY)        ## open the course in JupyterLab
 	$(BIN)/jupyter lab nbs
 
+notebooks: $(READY)  ## run the lessons in order and store their outputs
+	$(BIN)/python docs/store.py
+
+readme: $(READY)     ## README.md from nbs/index.ipynb
+	$(BIN)/python docs/readme.py
+
+docs: $(READY)       ## the lessons as a site in docs/_build
+	$(BIN)/sphinx-build -q -c docs nbs docs/_build
+
 clean:
-	rm -rf _proc _docs docs/_build dist build .pytest_cache .hypothesis
+	rm -rf docs/_build dist build .pytest_cache .hypothesis

@@ -1,0 +1,70 @@
+"Notebooks are the source: the modules are their exact export, they are stored clean, and they keep the course's measures."
+import ast, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, cells, notebooks, source
+
+LESSONS = notebooks()
+ids = [p.stem for p in LESSONS]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "A copy of what nbdev reads and writes, so that the check never touches the reader's own tree."
+    to = tmp_path_factory.mktemp("repo")
+    for name in ("nbs", "stan_nb"): shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "runs"))
+    for name in ("pyproject.toml", "settings.ini", "README.md"): shutil.copy(ROOT / name, to / name)
+    return to
+
+
+def nbdev(command, where):
+    done = subprocess.run([Path(sys.executable).with_name(command)], cwd=where, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_export_is_in_sync(copy):
+    for p in (copy / "stan_nb").glob("*.py"):
+        if p.name != "__init__.py": p.unlink()
+    nbdev("nbdev-export", copy)
+    ours, fresh = ({p.name: p.read_text() for p in (d / "stan_nb").glob("*.py")} for d in (ROOT, copy))
+    stale = sorted(n for n in ours.keys() | fresh.keys() if ours.get(n) != fresh.get(n))
+    assert stale == [], f"run `nbdev-export`: {stale} are not what the notebooks export"
+
+
+def test_notebooks_are_clean(copy):
+    nbdev("nbdev-clean", copy)
+    dirty = [p.name for p in LESSONS if (copy / "nbs" / p.name).read_bytes() != p.read_bytes()]
+    assert dirty == [], f"run `nbdev-clean`: {dirty}"
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=ids)
+def test_measures(path):
+    code = cells(path, "code")
+    exported = [c for c in code if re.search(r"^#\|\s*exports?i?\b", source(c), re.M)]
+    long = [c["id"] for c in exported if len([l for l in source(c).splitlines() if not l.startswith("#|")]) > 45]
+    assert long == [], f"exported cells over 45 lines: {long}"
+    errors = [c["id"] for c in code if any(o["output_type"] == "error" for o in c.get("outputs", []))]
+    assert errors == [], f"stored errors: {errors}"
+    assert path.stat().st_size < 1_500_000
+    assert len(cells(path, "markdown")) * 2 >= len(code), "does it teach? fewer than one prose cell for two code cells"
+    assert re.search(r"\btest_\w+\(|\bassert ", "\n".join(map(source, code))), "no cell tests anything"
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=ids)
+def test_figures_have_alt_text(path):
+    for c in cells(path, "code"):
+        images = any("image/png" in o.get("data", {}) for o in c.get("outputs", []))
+        assert not images or re.search(r"^#\|\s*fig-alt:\s*\S", source(c), re.M), f"cell {c['id']} stores a figure without `#| fig-alt:`"
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=ids)
+def test_imports_have_cells_of_their_own(path):
+    "nbdev executes cells that mix imports with other code while it processes them."
+    for c in cells(path, "code"):
+        text = "\n".join(l for l in source(c).splitlines() if not l.startswith(("%", "!")))
+        body = [n for n in ast.parse(text).body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+        kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in body}
+        if any(l.strip().replace(" ", "") == "#|eval:false" for l in source(c).splitlines()): continue
+        assert len(kinds) < 2, f"cell {c['id']} mixes imports with other code"
