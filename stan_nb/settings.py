@@ -47,7 +47,7 @@ def near(
 def _check(name, value, kind, allowed):
     "`value`, an int made float where a float is wanted. Raises TypeError for another type, ValueError for a value that is not allowed."
     if kind is float and type(value) is int: value = float(value)
-    if type(value) is not kind: raise TypeError(f"{name} = {value!r} is a {type(value).__name__}, it has to be a {kind.__name__}")
+    if type(value) is not kind: raise TypeError(f"{name} = {value!r} is of type {type(value).__name__}, it has to be {kind.__name__}")
     if isinstance(allowed, str) and not in_range(value, allowed): raise ValueError(f"{name} = {value!r} is out of range: allowed is {allowed}")
     if isinstance(allowed, tuple) and value not in allowed:
         raise ValueError(f"{name} = {value!r} is not known: allowed is one of {', '.join(allowed)}.{near(value, allowed)}")
@@ -206,12 +206,16 @@ def settings(
 
 # %% ../nbs/00_settings.ipynb #5fb4bcda
 class Table(list):
-    "A list of rows (dicts with the same keys) that shows itself as a table."
-    def _lines(self):
-        cell = lambda value: (f"{value:.4g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")
-        head = list(self[0]) if self else []
-        return [" | ".join(map(str, head)), " | ".join("---" for _ in head)] + [" | ".join(cell(row[key]) for key in head) for row in self]
-    def _repr_markdown_(self): return "\n".join(f"| {line} |" for line in self._lines()) if self else "(no rows)"
+    "A list of rows (dicts with the same keys) that shows itself as a table: in Markdown in a notebook, in columns when printed."
+    def _cells(self):
+        show = lambda value: " ".join((f"{value:.4g}" if isinstance(value, float) else str(value)).split())
+        return [[str(key) for key in self[0]]] + [[show(row[key]) for key in self[0]] for row in self] if self else [["no rows"]]
+    def _repr_markdown_(self):
+        head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in self._cells()]
+        return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---" for _ in head], *rows])
+    def __str__(self):
+        widths = [max(map(len, column)) for column in zip(*self._cells())]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in self._cells())
 
 # %% ../nbs/00_settings.ipynb #d3198fd5
 def describe()->Table: # one row a setting: setting, type, allowed, default, meaning
