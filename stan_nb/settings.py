@@ -41,8 +41,9 @@ def near(
     names,    # what exists
 )->str:       # " Did you mean 'x'?" or an empty string
     "A hint for a misspelt name."
-    close = difflib.get_close_matches(str(name), [str(n) for n in names], n=2, cutoff=0.6)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    lower = {str(n).lower(): str(n) for n in names}
+    close = difflib.get_close_matches(str(name).lower(), list(lower), n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(repr(lower[n]) for n in close)}?" if close else ""
 
 def _check(name, value, kind, allowed):
     "`value`, an int made float where a float is wanted. Raises TypeError for another type, ValueError for a value that is not allowed."
@@ -135,7 +136,8 @@ def replace(
     **changes, # new values by name, text is converted; an option is spelled **{"opt.noise": .2}
 )->Settings:   # a new object; this one stays as it is
     "Settings with some values changed. Raises ValueError for an unknown name, listing those that exist, and for a value that is not allowed."
-    kinds, values, options = {f.name: f.type for f in dataclasses.fields(self)}, {}, dict(self.options)
+    kinds = {f.name: f.type for f in dataclasses.fields(self) if f.name not in ("modality", "scale")}
+    values, options = {}, dict(self.options)
     for name, value in changes.items():
         if name.startswith("opt."): options[name[4:]] = _option(options, name[4:], value)
         elif name not in kinds:
@@ -197,7 +199,7 @@ def settings(
     "One experiment from `settings.ini`. Raises ValueError for an unknown section, key or value, and says what is allowed."
     known = _read(file)
     section = f"{modality}.{scale}"
-    if section not in known: raise ValueError(f"no section [{section}].{near(section, known)} There are {', '.join(known)}")
+    if section not in known: raise ValueError(f"no section [{section}].{near(section, known)} There are {', '.join(known) or 'none'}")
     values = {name: text for name, text in known[section].items() if not name.startswith("opt.")}
     options = {name[4:]: _literal(text) for name, text in known[section].items() if name.startswith("opt.")}
     try: found = Settings(modality, scale, options=options).replace(**values)
