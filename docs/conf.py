@@ -2,9 +2,9 @@
 import json, re, tomllib
 from pathlib import Path
 
-project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-html_title = project["name"]
-author = copyright = project["authors"][0]["name"]
+about = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+project = html_title = about["name"]
+author = copyright = about["authors"][0]["name"]
 extensions = ["myst_nb", "sphinx_copybutton"]
 exclude_patterns = ["_*", "**/.ipynb_checkpoints", "llms.txt"]
 root_doc = "index"
@@ -13,7 +13,7 @@ nb_ipywidgets_js = {}
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
 html_theme = "sphinx_book_theme"
-html_theme_options = {"repository_url": project["urls"]["Repository"], "path_to_docs": "nbs", "use_repository_button": True,
+html_theme_options = {"repository_url": about["urls"]["Repository"], "path_to_docs": "nbs", "use_repository_button": True,
                       "use_download_button": True, "navbar_persistent": []}
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
@@ -25,7 +25,7 @@ def readable(app, name, text):
     for cell in nb["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and re.search(r"^#\|\s*(hide|default_exp)\b", source, re.M): continue
-        cell["source"] = re.sub(r"^#\|.*\n?", "", source, flags=re.M).replace("{{repository}}", project["urls"]["Repository"])
+        cell["source"] = re.sub(r"^#\|.*\n?", "", source, flags=re.M).replace("{{repository}}", about["urls"]["Repository"])
         kept.append(cell)
     if name == "index":
         pages = sorted(p.stem for p in Path(app.srcdir).glob("[0-9]*.ipynb"))
