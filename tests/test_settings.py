@@ -46,7 +46,7 @@ def test_the_installed_file_comes_first(tmp_path, monkeypatch):
     ("[text.mine]\nlr = nan", "lr = nan is out of range"),
     ("[text.mine]\nlr = inf", "lr = inf is out of range"),
     ("[text.mine]\nrank = 1.5", "rank = '1.5' is not a whole number"),
-    ("[text.mine]\nencoder_bias = maybe", "not a true or false"),
+    ("[text.mine]\nencoder_bias = maybe", "encoder_bias = 'maybe' is not true or false"),
     ("[text.mine]\nlr = 1\nlr = 2", "option 'lr' in section 'text.mine' already exists"),
     ("[text.mine]\n[text.mine]", "section 'text.mine' already exists"),
     ("lr = 1", "no section headers"),
