@@ -24,7 +24,7 @@ def main():
     tools = Path(sys.executable).parent
     lessons = [Path(a) for a in sys.argv[1:]] or sorted((ROOT / "nbs").glob("[0-9]*.ipynb")) + [ROOT / "nbs" / "index.ipynb"]
     for path in lessons:
-        subprocess.run([tools / "nbdev-test", path, "--save", "--do_print"], check=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        subprocess.run([tools / "nbdev-test", path, "--save", "--do-print"], check=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         tidy(path)
         subprocess.run([tools / "nbdev-clean", "--fname", path], check=True, cwd=ROOT)
 

@@ -198,20 +198,34 @@ def sections(
     "The experiments there are."
     return list(_read(file))
 
+# %% ../nbs/00_settings.ipynb #d69fc28e
+def _by_method(
+    section:dict, # key -> text, as the file has it
+    method:str,   # the method asked for; "" takes the section's own
+)->tuple[dict, dict]: # the values that hold for this method; the options, by their names without "opt."
+    "Split a section into values and options. A `method.key` beats the plain `key` for its method and is checked for all of them."
+    plain, own, options = {}, {}, {}
+    for name, text in section.items():
+        if name.startswith("opt."): options[name[4:]] = _literal(text)
+        elif "." in name: own.setdefault(name.split(".", 1)[0], {})[name.split(".", 1)[1]] = text
+        else: plain[name] = text
+    for values in own.values(): Settings("any", "any").replace(**values)
+    return plain | own.get(method or plain.get("method", Settings.method), {}), options
+
 # %% ../nbs/00_settings.ipynb #d42800c8
 def settings(
     modality:str,            # e.g. "text"
     scale:str="embedded",    # "embedded", "colab" or "paper"
     file:str|Path|None=None, # another settings file; None: the course's own
-    **overrides,             # values by name, as in `Settings.replace`
+    **overrides,             # values by name, as in `Settings.replace`; method= also picks that method's own values
 )->Settings:                 # the section, with the overrides
     "One experiment from `settings.ini`. Raises ValueError for an unknown section, key or value, and says what is allowed."
     known = _read(file)
     section = f"{modality}.{scale}"
     if section not in known: raise ValueError(f"no section [{section}].{near(section, known)} There are {', '.join(known) or 'none'}")
-    values = {name: text for name, text in known[section].items() if not name.startswith("opt.")}
-    options = {name[4:]: _literal(text) for name, text in known[section].items() if name.startswith("opt.")}
-    try: found = Settings(modality, scale, options=options).replace(**values)
+    try:
+        values, options = _by_method(known[section], overrides.get("method", ""))
+        found = Settings(modality, scale, options=options).replace(**values)
     except (TypeError, ValueError) as error: raise type(error)(f"[{section}]: {error}") from None
     return found.replace(**overrides)
 
