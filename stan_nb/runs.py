@@ -14,6 +14,7 @@ import ctypes, errno, html, importlib.metadata, io, json, math, os, platform, re
 from base64 import b64encode
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 
@@ -416,6 +417,7 @@ def paired_difference(
 class Html(str):
     "Text that is HTML already and is not escaped again (the convention `__html__` of MarkupSafe)."
     def __html__(self): return str(self)
+    def __repr__(self): return f"Html({len(self)} characters)"
     _repr_html_ = __html__
 
 def esc(
@@ -425,9 +427,15 @@ def esc(
     return Html(value.__html__()) if hasattr(value, "__html__") else Html(html.escape(str(value), quote=True))
 
 # %% ../nbs/02_runs.ipynb #faf70f68
+def _number(value):
+    if isinstance(value, int): return f"{value:,}"
+    size = abs(value)
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 100 else f"{value:.3f}" if size >= .001 else f"{value:.3g}"
+
 def _cell(value):
-    text = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else value
-    right = value is None or isinstance(value, (int, float)) or re.match(r"[-+−±]?\.?\d", str(value))
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    text = "–" if value is None else _number(value) if number else value
+    right = number or value is None or re.match(r"[-+−±]?\.?\d", str(value))
     return f'<td class="n">{esc(text)}</td>' if right else f"<td>{esc(text)}</td>"
 
 def table_html(
@@ -437,8 +445,10 @@ def table_html(
     "Rows as an HTML table, everything escaped."
     if not rows: return Html("<p>(no rows)</p>")
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    head = "".join(f'<th scope="col">{esc(column)}</th>' for column in columns)
-    body = "\n".join("<tr>" + "".join(_cell(row.get(column)) for column in columns) + "</tr>" for row in rows)
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    right = [" class=\"n\"" if all("class" in cell[:12] for cell in column) else "" for column in zip(*cells)]
+    head = "".join(f'<th scope="col"{side}>{esc(column)}</th>' for column, side in zip(columns, right))
+    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     title = f"<caption>{esc(caption)}</caption>" if caption else ""
     return Html(f'<div class="scroll"><table class="rows">{title}\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>')
 
@@ -473,14 +483,30 @@ p { margin: .6rem 0; max-width: 44rem } .lead { color: var(--soft); font-size: 1
 .scroll { overflow-x: auto; margin: 1rem 0 } table.rows { border-collapse: collapse; font-variant-numeric: tabular-nums }
 .rows caption { text-align: left; color: var(--soft); font-size: .92rem; padding-bottom: .4rem }
 .rows th, .rows td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
-.rows th { color: var(--soft); font-weight: 600; border-bottom-width: 2px } .rows td.n { text-align: right }
+.rows th { color: var(--soft); font-weight: 600; border-bottom-width: 2px } .rows .n { text-align: right }
 .rows tbody tr:nth-child(even) { background: var(--shade) }
 figure { margin: 1.2rem 0 } figure img { max-width: 100%; height: auto } figcaption { color: var(--soft); font-size: .92rem; max-width: 44rem }
 code, pre { font-family: ui-monospace, "SF Mono", Consolas, monospace; font-size: .9em } pre { overflow-x: auto; background: var(--shade); padding: .7rem }
 a, summary { color: var(--accent) } @media print { body { max-width: none; padding: 0 } h2 { break-after: avoid } }
 """
 
-_OUTSIDE = re.compile(r"""(?:<[^>]*\s(?:src|srcset|href|xlink:href|action|poster|data)\s*=\s*["']?|url\(\s*["']?|@import\s+["']?)\s*(?:[a-z+.-]+:)?//""", re.I)
+# %% ../nbs/02_runs.ipynb #54772f9c
+class _Outside(HTMLParser):
+    "Collects in `found` what a browser would ask others for, or would lead to."
+    FETCH = {"src", "srcset", "href", "xlink:href", "action", "formaction", "poster", "data", "background"}
+    ADDRESS = re.compile(r"\s*([a-z][a-z\d+.-]*:)?//", re.I)
+    CSS = re.compile(r"""(url\(|@import)\s*["']?\s*([a-z][a-z\d+.-]*:)?//""", re.I)
+    def __init__(self, markup):
+        super().__init__()
+        self.found = []
+        self.feed(markup)
+        self.close()
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            outside = name in self.FETCH and self.ADDRESS.match(value or "") or name == "style" and self.CSS.search(value or "")
+            if outside: self.found.append(f"<{tag} {name}={value[:60]!r}>")
+    def handle_data(self, data):
+        if self.cdata_elem == "style" and self.CSS.search(data): self.found.append(f"<style>{self.CSS.search(data)[0]}")
 
 # %% ../nbs/02_runs.ipynb #ef66cfdd
 def _part(part):
@@ -495,8 +521,8 @@ def page(
 )->str:            # the whole file
     "One self-contained HTML page, light or dark as the reader's system is. Raises ValueError where a part refers to the outside."
     body = "\n".join(f"<section><h2>{esc(heading)}</h2>\n{_part(content)}\n</section>" for heading, content in sections)
-    outside = _OUTSIDE.search(body)
-    if outside: raise ValueError(f"the page refers to the outside: {body[outside.start():outside.end() + 60]!r}")
+    outside = _Outside(body).found
+    if outside: raise ValueError(f"the page refers to the outside: {', '.join(outside)}")
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">

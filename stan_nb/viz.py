@@ -63,8 +63,10 @@ def styled(
 ):           # yields the axes
     "Draw in the course's style and leave the reader's settings as they were."
     import matplotlib.pyplot as plt
-    with plt.rc_context(STYLE | {"axes.prop_cycle": plt.cycler(color=COLOURS.values())}):
-        yield plt.subplots()[1] if ax is None else ax
+    former = {name: plt.rcParams[name] for name in (*STYLE, "axes.prop_cycle")}
+    set_style()
+    try: yield plt.subplots()[1] if ax is None else ax
+    finally: plt.rcParams.update(former)
 
 # %% ../nbs/03_viz.ipynb #a73318a6
 def _points(rows, x, y):
@@ -107,7 +109,7 @@ def plot_seeds(
     "Every run as a dot, runs of the same seed joined, a bar for each mean. Raises ValueError where a run lacks the metric."
     for row in rows:
         if row.get(metric) is None or not math.isfinite(row[metric]): raise ValueError(f"{metric} of {row} is not a number")
-    columns = list(dict.fromkeys(row[by] for row in rows))
+    columns, names = list(dict.fromkeys(row[by] for row in rows)), []
     with styled(ax) as ax:
         for seed in dict.fromkeys(row["seed"] for row in rows):
             joined = sorted((columns.index(row[by]), row[metric]) for row in rows if row["seed"] == seed)
@@ -116,11 +118,11 @@ def plot_seeds(
             values = [row[metric] for row in rows if row[by] == column]
             mean, colour = statistics.fmean(values), colour_of(column, i)
             ax.scatter([i]*len(values), values, s=44, color=colour, zorder=3)
-            ax.plot([i - .18, i + .18], [mean, mean], color=colour, linewidth=3, zorder=2, solid_capstyle="butt")
-            ax.annotate(f"{mean:.3g}", (i + .21, mean), va="center", fontsize=9)
-        ax.set_xticks(range(len(columns)), columns)
+            ax.plot([i - .2, i + .2], [mean, mean], color=colour, linewidth=3, zorder=2, solid_capstyle="butt")
+            names.append(f"{column}\nmean {mean:.3g}")
+        ax.set_xticks(range(len(columns)), names)
         ax.grid(axis="x", visible=False)
-        ax.set(xlim=(-.5, len(columns) - .3), ylabel=metric, title=title or f"{metric}: every seed and the mean")
+        ax.set(xlim=(-.5, len(columns) - .5), ylabel=metric, title=title or f"{metric}: every seed and the mean")
     return ax
 
 # %% ../nbs/03_viz.ipynb #411df90b
@@ -164,7 +166,7 @@ _SHADE = .62                                          # opacity of the strongest
 
 def _rgba(value, vmax):
     colour = COLOURS["vermilion" if value > 0 else "blue"]
-    opacity = _SHADE*min(1, abs(value)/vmax)
+    opacity = .1 + (_SHADE - .1)*min(1, abs(value)/vmax)   # what fires at all is seen
     return f"rgba({','.join(str(int(colour[i:i+2], 16)) for i in (1, 3, 5))},{opacity:.2f})"
 
 def _mark(value, vmax):
@@ -206,13 +208,14 @@ _FONT = "font-family:system-ui,-apple-system,'Segoe UI',sans-serif"
 def _scale(values, vmax):
     "The legend: a bar from the most negative shade that can occur to the most positive one."
     low = -vmax if min(values, default=0) < 0 else 0
-    bar = f"linear-gradient(90deg,{_rgba(low or 1e-9, vmax)},{_rgba(1e-9, vmax)},{_rgba(vmax, vmax)})"
+    below = f"{_rgba(low, vmax)},{_rgba(-1e-9, vmax)} 50%," if low else ""
+    bar = f"linear-gradient(90deg,{below}{_rgba(1e-9, vmax)} {50 if low else 0}%,{_rgba(vmax, vmax)})"
     return (f'<span style="font-size:11px;opacity:.85;white-space:nowrap">{_number(low) if low else "0"} '
             f'<span style="display:inline-block;width:72px;height:9px;border-radius:2px;vertical-align:-1px;border:1px solid rgba(118,118,118,.5);'
             f'background:{bar}"></span> {_number(vmax)}</span>')
 
 def _head(title, values, vmax):
-    name = f'<strong style="font-size:13px;margin-right:14px">{esc(title)}</strong>' if title else ""
+    name = f'<strong style="font-size:13px;margin-right:14px">{esc(title)}</strong> ' if title else ""
     return f'<div style="margin:0 0 4px;line-height:1.5">{name}{_scale(values, vmax)}</div>'
 
 # %% ../nbs/03_viz.ipynb #ff352946
@@ -224,9 +227,9 @@ def token_heatmap(
 )->Shown:            # HTML in a notebook, the sentence with numbers in brackets as text
     "Words shaded by a value. Raises ValueError unless there is one finite value for each token."
     values = _checked(tokens, values)
-    vmax, markup, text = _vmax(values, vmax), [], []
-    for (piece, space), value in zip(pieces(tokens), values):
-        shape = "padding:1px 3px;border-radius:3px" if space or not markup else "padding:1px 3px 1px 1px;border-radius:3px"
+    vmax, markup, text, words = _vmax(values, vmax), [], [], pieces(tokens)
+    for (piece, space), (_, space_after), value in zip(words, words[1:] + [("", True)], values):
+        shape = f"padding:1px {3 if space_after else 0}px 1px {3 if space or not markup else 0}px;border-radius:3px"
         hover = f' title="{esc(piece)} {_number(value)}"' if value else ""
         markup.append(f'{" " if space else ""}<span style="{shape};{_mark(value, vmax)}"{hover}>{esc(piece)}</span>')
         text.append(f'{" " if space else ""}{f"[{piece} {_number(value)}]" if value else piece}')
@@ -269,7 +272,7 @@ def latent_grid(
     head = "".join(f'<th scope="col" style="vertical-align:bottom;text-align:center;padding:0 0 4px;background:none;border:0">'
                    f'<span style="{upright}" title="{esc(word)}">{esc(word)}</span></th>' for word in words)
     body = "".join(_grid_row(label, words, values, vmax) for label, values in rows.items())
-    table = (f'<table style="border-collapse:collapse;margin:0;border:0;width:auto;display:table"><thead style="border:0"><tr style="background:none">'
+    table = (f'<table style="border-collapse:collapse;margin:0;border:0;width:auto;display:table;color:inherit;font-size:12px;line-height:1.4"><thead style="border:0"><tr style="background:none">'
              f'<td style="border:0;background:none"></td>{head}</tr></thead><tbody>{body}</tbody></table>')
     markup = f'<div style="{_FONT};margin:10px 0">{_head(title, everything, vmax)}<div style="overflow-x:auto">{table}</div></div>'
     return Shown(markup, _grid_text(words, rows, title))
