@@ -1,4 +1,4 @@
-"""Wrap any frozen linear layer, and adapt any model of yours in one call.
+"""Wrap any frozen linear layer, and adapt a model of your own in one call.
 
 Docs: https://stan-nb.github.io/stan_nb/layer.html.md"""
 
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .topk import check_k, check_select, sparse_adapt, topk_latents
 from .topk import decode as decode_latents
 
-# %% ../nbs/11_layer.ipynb #8e64b035
+# %% ../nbs/11_layer.ipynb #7ff7cc0b
 def _check_options(num_latents, k, alpha, select, dropout):
     "Raise ValueError or TypeError, naming argument, value and range, for options that no adapter can have."
     check_k(k, num_latents)
@@ -164,35 +164,52 @@ def named_adapters(
     for name,module in model.named_modules():
         if isinstance(module, StanAdapter): yield name.removesuffix(".adapter"),module
 
-# %% ../nbs/11_layer.ipynb #90a970a6
+# %% ../nbs/11_layer.ipynb #45992e2d
+def _linear_layers(modules):
+    "Those of {name: module} that can be wrapped; not inside nn.MultiheadAttention, which reads its weights without calling the layer."
+    closed = tuple(f"{n}." if n else "" for n,m in modules.items() if isinstance(m, nn.MultiheadAttention))
+    return {n:m for n,m in modules.items() if n and in_out_features(m) and not (closed and n.startswith(closed))}
+
+def _matching(modules, target):
+    "The names that target means. Raises ValueError for a broken regular expression."
+    try: pattern = re.compile(target)
+    except re.error as e: raise ValueError(f"targets: {target!r} is neither a name nor a regular expression ({e})") from None
+    return [n for n in modules if n == target or n.endswith(f".{target}") or pattern.fullmatch(n)]
+
+def _no_match(target, hits, modules, linear):
+    "One line that says why target finds no linear layer, and what would."
+    ends = sorted({n.rsplit(".", 1)[-1] for n in linear})
+    near = difflib.get_close_matches(target, [*ends, *linear], n=3, cutoff=.5) or ends[:8]
+    kinds = sorted({type(modules[n]).__name__ for n in hits})
+    why = f"matches only {', '.join(kinds)}, which STAN cannot wrap" if kinds else "matches no layer"
+    return f"targets: {target!r} {why}; near names: {', '.join(near) or 'none, there is no linear layer'}"
+
 def _find_targets(model, targets):
     "{name: linear layer} that targets ask for. Raises ValueError, with near names, if one of them finds nothing."
     modules = dict(model.named_modules(remove_duplicate=False))
-    inside = tuple(f"{n}." for n,m in modules.items() if isinstance(m, nn.MultiheadAttention)) # reads weights without calling
-    linear = {n:m for n,m in modules.items() if in_out_features(m) and not n.startswith(inside or ("\0",))}
-    linear.pop("", None)
+    linear = _linear_layers(modules)
     if targets == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        found = {n:m for n,m in linear.items() if m is not head}
-        if not found: raise ValueError(f"targets 'all-linear' matches nothing: {type(model).__name__} has no linear layer inside")
-        return found
+        targets = [n for n,m in linear.items() if m is not head]
     found = {}
     for target in [targets] if isinstance(targets, str) else list(targets):
-        hits = [n for n in modules if n == target or n.endswith(f".{target}") or re.fullmatch(target, n)]
+        hits = _matching(modules, target)
         if not any(n in linear for n in hits): raise ValueError(_no_match(target, hits, modules, linear))
         found |= {n:linear[n] for n in hits if n in linear}
-    if not found: raise ValueError("targets is empty; give names, a regular expression or 'all-linear'")
+    if not found: raise ValueError(f"targets must name at least one linear layer inside the model, got {targets!r}")
     return found
 
-def _no_match(target, hits, modules, linear):
-    "One line that says why target finds no linear layer and what would."
-    names = sorted({part for n in linear for part in (n, n.rsplit(".", 1)[-1])})
-    near = difflib.get_close_matches(target, names, n=3, cutoff=0.5) or sorted({n.rsplit(".", 1)[-1] for n in linear})[:8]
-    kinds = sorted({type(modules[n]).__name__ for n in hits})
-    why = f"matches only {', '.join(kinds)}, which STAN cannot wrap" if kinds else "matches no layer"
-    return f"targets: {target!r} {why}; near names: {', '.join(near) or 'none'}"
+# %% ../nbs/11_layer.ipynb #7cb03792
+_FUSED = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
 
-# %% ../nbs/11_layer.ipynb #45992e2d
+def _call_every_layer(model):
+    "Switch off the fused paths around StanLinears. Returns [(module, flag, former value)]."
+    former = [(m, flag, getattr(m, flag)) for m in model.modules() for kind,flag in _FUSED
+              if isinstance(m, kind) and hasattr(m, flag) and any(isinstance(inner, StanLinear) for inner in m.modules())]
+    for module,flag,_ in former: setattr(module, flag, False)
+    return former
+
+# %% ../nbs/11_layer.ipynb #f9bc9a9e
 def adapt(
     model:nn.Module,       # changed in place: every parameter is frozen, the targets are wrapped
     targets:str|list[str], # layer names or their ends ("query", "0.query"), a regular expression for whole names, or "all-linear"
@@ -205,19 +222,20 @@ def adapt(
     wrapped = {id(layer): StanLinear(layer, **options) for layer in found.values()} # a layer used twice gets one adapter
     model.requires_grad_(False)
     for name,layer in found.items(): model.set_submodule(name, wrapped[id(layer)])
-    for _,adapter in named_adapters(model): adapter.requires_grad_(True)
-    model._stan_trainable = trainable
+    model._stan_before = trainable,_call_every_layer(model)
     return model
 
+# %% ../nbs/11_layer.ipynb #952d7b86
 def unadapt(
     model:nn.Module, # a model that went through `adapt`; changed in place
 )->nn.Module: # the model itself, as it was before `adapt`
     "Take the adapters out again. Raises ValueError if there are none."
-    wrapped = {n:m for n,m in model.named_modules(remove_duplicate=False) if isinstance(m, StanLinear)}
+    wrapped = {n:m for n,m in model.named_modules(remove_duplicate=False) if n and isinstance(m, StanLinear)}
     if not wrapped: raise ValueError("model holds no StanLinear to take out")
     for name,layer in wrapped.items(): model.set_submodule(name, layer.base_layer)
-    trainable = set(model.__dict__.pop("_stan_trainable", ()))
+    trainable,former = model.__dict__.pop("_stan_before", ((), ()))
     for name,parameter in model.named_parameters(): parameter.requires_grad_(name in trainable)
+    for module,flag,value in former: setattr(module, flag, value)
     return model
 
 # %% ../nbs/11_layer.ipynb #0595b722
