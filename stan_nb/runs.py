@@ -29,7 +29,7 @@ _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")    # what `_beside` names, sho
 
 def _sync(path):
     "Ask the system to put the file or folder `path` on the disk itself."
-    if os.name == "nt" and path.is_dir(): return     # Windows cannot open a folder
+    if path.is_symlink() or os.name == "nt" and path.is_dir(): return   # Windows cannot open a folder
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
@@ -131,12 +131,14 @@ def versions()->dict: # {"python": "3.11.9", "torch": "2.13.0", ...}; packages t
 def device_name(
     device=None, # a torch.device or its name; None or "auto": CUDA where it is there, then Apple's MPS, else the CPU
 )->str:          # e.g. "cuda: NVIDIA T4" or "cpu: AMD EPYC 7B13, 2 cores"
-    "What the numbers were computed on."
+    "What the numbers were computed on. Raises ValueError for a CUDA device that is not there."
     import torch
     if device in (None, "auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = torch.device(device).type
-    if kind == "cuda": return f"cuda: {torch.cuda.get_device_name(device)}"
+    if kind == "cuda":
+        if not torch.cuda.is_available(): raise ValueError(f"device = {str(device)!r} is not available here: choose auto or cpu")
+        return f"cuda: {torch.cuda.get_device_name(device)}"
     if kind == "mps": return f"mps: {platform.processor()}"
     try: model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError): model = platform.processor() or platform.machine()
@@ -162,6 +164,7 @@ def _now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
 # %% ../nbs/02_runs.ipynb #c96eb40e
 PARTS = ("run.json", "metrics.jsonl", "adapter", "checkpoints", "figures", "report.html", "weights.safetensors")
 _FORMAT = "stan_nb run 1"
+_CHOICE = "go on with it with --resume (resume=True), or replace it with --overwrite (overwrite=True)"
 
 def _read_info(path):
     "What `path`/run.json says. Raises FileNotFoundError where there is no run, ValueError for a run.json that is not one of ours."
@@ -209,7 +212,8 @@ def _may_overwrite(path):
     "Raise FileExistsError unless the folder is a run and holds nothing but a run."
     try: _read_info(path)
     except (FileNotFoundError, ValueError):
-        raise FileExistsError(f"{path} exists and is no run folder of ours, so --overwrite does not touch it: choose another path") from None
+        why = "exists and is no run folder of ours, so --overwrite does not touch it: choose another path"
+        raise FileExistsError(f"{path} {why}") from None
     allowed = {*PARTS, ".ipynb_checkpoints", ".DS_Store"}
     foreign = sorted(p.name for p in path.iterdir() if p.name not in allowed and not _LEFTOVER.fullmatch(p.name))
     if foreign: raise FileExistsError(f"{path} holds {', '.join(foreign)}, which a run does not make: move that away before --overwrite")
@@ -241,8 +245,7 @@ def create(
     if path.exists() and not path.is_dir(): raise FileExistsError(f"{path} is a file; a run needs a folder of its own")
     if path.is_dir() and any(path.iterdir()):
         if resume: return _resume(Run.open(path), settings)
-        if not overwrite:
-            raise FileExistsError(f"{path} exists already: go on with it with --resume (resume=True), or replace it with --overwrite (overwrite=True)")
+        if not overwrite: raise FileExistsError(f"{path} exists already: {_CHOICE}")
         _may_overwrite(path)
     info = dict(format=_FORMAT, method=settings.get("method"), seed=settings.get("seed"), settings=settings, command=command_line(),
                 started=_now(), commit=commit(), device=device_name(settings.get("device")), versions=versions()) | plain(facts)
@@ -375,10 +378,10 @@ def _values(rows, by, metric):
     "{group: {seed: value}}. Raises ValueError for a value that is missing or not finite, and for a seed that occurs twice."
     groups = {}
     for row in rows:
-        group, value = tuple(row.get(key) for key in by), row.get(metric)
+        group, value = tuple(row.get(key) for key in by), plain(row.get(metric))
         where = ", ".join(f"{key} {row.get(key)}" for key in (*by, "seed"))
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{where}: {metric} = {value!r} is not a number.{near(metric, row)}")
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{where}: {metric} = {row.get(metric)} is not a number.{near(metric, row)}")
         if row.get("seed") in groups.setdefault(group, {}): raise ValueError(f"{where} occurs twice: name what differs in `by`, now {by}")
         groups[group][row.get("seed")] = value
     return groups
@@ -478,15 +481,18 @@ _STYLE = """
   :root { --ink: #e6edf3; --soft: #9aa4ae; --line: #3a424b; --ground: #14181d; --shade: #1c2229; --accent: #56b4e9 } }
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; background: var(--ground); color: var(--ink);
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .9rem; border-top: 1px solid var(--line) }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem }
+h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .9rem; border-top: 1px solid var(--line) }
 p { margin: .6rem 0; max-width: 44rem } .lead { color: var(--soft); font-size: 1.06rem; margin: 0 }
 .scroll { overflow-x: auto; margin: 1rem 0 } table.rows { border-collapse: collapse; font-variant-numeric: tabular-nums }
 .rows caption { text-align: left; color: var(--soft); font-size: .92rem; padding-bottom: .4rem }
 .rows th, .rows td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
 .rows th { color: var(--soft); font-weight: 600; border-bottom-width: 2px } .rows .n { text-align: right }
 .rows tbody tr:nth-child(even) { background: var(--shade) }
-figure { margin: 1.2rem 0 } figure img { max-width: 100%; height: auto } figcaption { color: var(--soft); font-size: .92rem; max-width: 44rem }
-code, pre { font-family: ui-monospace, "SF Mono", Consolas, monospace; font-size: .9em } pre { overflow-x: auto; background: var(--shade); padding: .7rem }
+figure { margin: 1.2rem 0 } figure img { max-width: 100%; height: auto }
+figcaption { color: var(--soft); font-size: .92rem; max-width: 44rem }
+code, pre { font-family: ui-monospace, "SF Mono", Consolas, monospace; font-size: .9em }
+pre { overflow-x: auto; background: var(--shade); padding: .7rem }
 a, summary { color: var(--accent) } @media print { body { max-width: none; padding: 0 } h2 { break-after: avoid } }
 """
 

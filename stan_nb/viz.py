@@ -32,7 +32,8 @@ def contrast(
 # %% ../nbs/03_viz.ipynb #c188a056
 INK = "#767676"
 COLOURS = dict(blue="#0072b2", vermilion="#d55e00", green="#009e73", purple="#cc79a7", orange="#e69f00", sky="#56b4e9")
-OWN = dict(lora="blue", stan="vermilion", adalora="green", full="purple", head="orange", base="sky", frozen="sky")
+OWN = dict(lora=COLOURS["blue"], stan=COLOURS["vermilion"], adalora=COLOURS["green"], full=COLOURS["purple"],
+           head=INK, base=INK, frozen=INK)
 
 def colour_of(
     label:str,      # a method's name, alone or as the first word ("stan k=4"), or anything else
@@ -40,7 +41,7 @@ def colour_of(
 )->str:             # "#rrggbb"
     "The colour of a label: a method keeps its own in all figures."
     words = str(label).lower().replace(",", " ").split() or [""]
-    return COLOURS[OWN[words[0]]] if words[0] in OWN else list(COLOURS.values())[position % len(COLOURS)]
+    return OWN.get(words[0]) or list(COLOURS.values())[position % len(COLOURS)]
 
 # %% ../nbs/03_viz.ipynb #a089dc05
 STYLE = {
@@ -133,9 +134,11 @@ def plot_density(
     ax=None,            # axes to draw into
 ):                      # the Axes
     "Latents sorted by how often they fire. Raises ValueError for a density outside [0, 1] or an empty one."
-    groups = {label: sorted(map(float, values), reverse=True) for label, values in (density if isinstance(density, dict) else {"": density}).items()}
+    given = density if isinstance(density, dict) else {"": density}
+    groups = {label: sorted(map(float, values), reverse=True) for label, values in given.items()}
     for label, values in groups.items():
-        if not values or any(not 0 <= v <= 1 for v in values): raise ValueError(f"density {label} has to hold fractions in [0, 1], got {values[:4]}")
+        if values and all(0 <= v <= 1 for v in values): continue
+        raise ValueError(f"density {label} has to hold fractions in [0, 1], got {values[:4]}")
     with styled(ax) as ax:
         for i, (label, values) in enumerate(groups.items()):
             alive = [v for v in values if v > 0]
@@ -198,8 +201,9 @@ def _checked(tokens, values, name="values"):
     return values
 
 def _vmax(values, vmax):
-    if vmax is not None and not (vmax > 0 and math.isfinite(vmax)): raise ValueError(f"vmax = {vmax!r} is out of range: allowed is (0, inf)")
-    return vmax or max((abs(v) for v in values), default=0) or 1.
+    if vmax is None: return max((abs(v) for v in values), default=0) or 1.
+    if not (vmax > 0 and math.isfinite(vmax)): raise ValueError(f"vmax = {vmax!r} is out of range: allowed is (0, inf)")
+    return vmax
 
 def _number(value): return f"{value:+.2g}".replace("e+0", "e").replace("+0.", "+.").replace("-0.", "−.").replace("-", "−")
 
@@ -210,9 +214,9 @@ def _scale(values, vmax):
     low = -vmax if min(values, default=0) < 0 else 0
     below = f"{_rgba(low, vmax)},{_rgba(-1e-9, vmax)} 50%," if low else ""
     bar = f"linear-gradient(90deg,{below}{_rgba(1e-9, vmax)} {50 if low else 0}%,{_rgba(vmax, vmax)})"
+    shape = "display:inline-block;width:72px;height:9px;border-radius:2px;vertical-align:-1px;border:1px solid rgba(118,118,118,.5)"
     return (f'<span style="font-size:11px;opacity:.85;white-space:nowrap">{_number(low) if low else "0"} '
-            f'<span style="display:inline-block;width:72px;height:9px;border-radius:2px;vertical-align:-1px;border:1px solid rgba(118,118,118,.5);'
-            f'background:{bar}"></span> {_number(vmax)}</span>')
+            f'<span style="{shape};background:{bar}"></span> {_number(vmax)}</span>')
 
 def _head(title, values, vmax):
     name = f'<strong style="font-size:13px;margin-right:14px">{esc(title)}</strong> ' if title else ""
@@ -237,23 +241,36 @@ def token_heatmap(
     words = f'<div style="line-height:2.1;font-size:15px;max-width:48rem;overflow-wrap:anywhere">{"".join(markup)}</div>'
     details = (f'<details style="font-size:12px;opacity:.85"><summary style="cursor:pointer">numbers</summary>'
                f'<code style="white-space:pre-wrap;background:none;color:inherit">{esc(twin)}</code></details>')
-    return Shown(f'<div style="{_FONT};margin:10px 0">{_head(title, values, vmax)}{words}{details}</div>', f"{title}: {twin}" if title else twin)
+    shown = f'<div style="{_FONT};margin:10px 0">{_head(title, values, vmax)}{words}{details}</div>'
+    return Shown(shown, f"{title}: {twin}" if title else twin)
 
 # %% ../nbs/03_viz.ipynb #10d76f55
 def _grid_text(words, rows, title):
     "The grid as text: columns as wide as their widest entry."
     table = [["", *words]] + [[label, *(_number(v) if v else "·" for v in values)] for label, values in rows.items()]
     widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))) for line in table]
-    return "\n".join(([title] if title else []) + [line.rstrip() for line in lines])
+    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in table]
+    return "\n".join([title, *lines] if title else lines)
+
+_NAME = "text-align:left;font-weight:500;font-size:12px;padding:2px 12px 2px 0;white-space:nowrap;background:none;border:0"
+_BOX = "min-width:30px;height:24px;padding:0 3px;text-align:center;font-size:10.5px;border:1px solid rgba(118,118,118,.22)"
+_UPRIGHT = ("writing-mode:vertical-rl;transform:rotate(180deg);display:inline-block;max-height:9em;overflow:hidden;"
+            "text-overflow:ellipsis;white-space:nowrap;font-weight:500;font-size:12px")
+_TABLE = "table-layout:auto;border-collapse:collapse;margin:0;border:0;width:auto;display:table;color:inherit;font-size:12px;line-height:1.4"
+
+def _grid_cell(label, word, value, vmax):
+    if not value: return f'<td style="{_BOX};background:none"></td>'
+    hover = f"{esc(label)} · {esc(word)} · {_number(value)}"
+    return f'<td style="{_BOX};background:{_rgba(value, vmax)}" title="{hover}">{_number(value).lstrip("+")}</td>'
 
 def _grid_row(label, words, values, vmax):
-    name = (f'<th scope="row" style="text-align:left;font-weight:500;font-size:12px;padding:2px 12px 2px 0;white-space:nowrap;background:none;'
-            f'border:0">{esc(label)}</th>')
-    box = "min-width:30px;height:24px;padding:0 3px;text-align:center;font-size:10.5px;border:1px solid rgba(118,118,118,.22);font-variant-numeric:tabular-nums"
-    cells = "".join(f'<td style="{box};background:{_rgba(v, vmax) if v else "none"}"' + (f' title="{esc(label)} · {esc(word)} · {_number(v)}"' if v else "")
-                    + f'>{_number(v).lstrip("+") if v else ""}</td>' for word, v in zip(words, values))
-    return f'<tr style="background:none">{name}{cells}</tr>'
+    cells = "".join(_grid_cell(label, word, value, vmax) for word, value in zip(words, values))
+    return f'<tr style="background:none"><th scope="row" style="{_NAME}">{esc(label)}</th>{cells}</tr>'
+
+def _grid_head(words):
+    cells = "".join(f'<th scope="col" style="vertical-align:bottom;text-align:center;padding:0 0 4px;background:none;border:0">'
+                    f'<span style="{_UPRIGHT}" title="{esc(word)}">{esc(word)}</span></th>' for word in words)
+    return f'<thead style="border:0"><tr style="background:none"><td style="border:0;background:none"></td>{cells}</tr></thead>'
 
 # %% ../nbs/03_viz.ipynb #8d2ea27d
 def latent_grid(
@@ -266,13 +283,9 @@ def latent_grid(
     if not hasattr(values_by_latent, "items"): values_by_latent = {f"latent {i}": row for i, row in enumerate(values_by_latent)}
     rows = {str(label): _checked(tokens, values, str(label)) for label, values in values_by_latent.items()}
     everything = [v for values in rows.values() for v in values]
-    vmax, words = _vmax(everything, vmax), [text if space or not i else f"·{text}" for i, (text, space) in enumerate(pieces(tokens))]
-    upright = ("writing-mode:vertical-rl;transform:rotate(180deg);display:inline-block;max-height:9em;overflow:hidden;text-overflow:ellipsis;"
-               "white-space:nowrap;font-weight:500;font-size:12px")
-    head = "".join(f'<th scope="col" style="vertical-align:bottom;text-align:center;padding:0 0 4px;background:none;border:0">'
-                   f'<span style="{upright}" title="{esc(word)}">{esc(word)}</span></th>' for word in words)
+    words = [text if space or not i else f"·{text}" for i, (text, space) in enumerate(pieces(tokens))]
+    vmax = _vmax(everything, vmax)
     body = "".join(_grid_row(label, words, values, vmax) for label, values in rows.items())
-    table = (f'<table style="border-collapse:collapse;margin:0;border:0;width:auto;display:table;color:inherit;font-size:12px;line-height:1.4"><thead style="border:0"><tr style="background:none">'
-             f'<td style="border:0;background:none"></td>{head}</tr></thead><tbody>{body}</tbody></table>')
-    markup = f'<div style="{_FONT};margin:10px 0">{_head(title, everything, vmax)}<div style="overflow-x:auto">{table}</div></div>'
+    table = f'<div style="overflow-x:auto"><table style="{_TABLE}">{_grid_head(words)}<tbody>{body}</tbody></table></div>'
+    markup = f'<div style="{_FONT};margin:10px 0">{_head(title, everything, vmax)}{table}</div>'
     return Shown(markup, _grid_text(words, rows, title))
