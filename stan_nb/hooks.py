@@ -14,6 +14,17 @@ import torch
 from torch import nn
 from .layer import named_adapters
 
+# %% ../nbs/12_hooks.ipynb #a2acd9a3
+@contextmanager
+def _hooked(pairs):
+    "Append each hook to its adapter's list, and take exactly these out again, whatever happens in between."
+    try:
+        for adapter,hook in pairs: adapter.latent_hooks.append(hook)
+        yield
+    finally:
+        for adapter,hook in pairs:
+            if hook in adapter.latent_hooks: adapter.latent_hooks.remove(hook)
+
 # %% ../nbs/12_hooks.ipynb #b5f8b160
 def find_adapters(
     model:nn.Module,                # an adapted model
@@ -29,42 +40,6 @@ def find_adapters(
         if not hits: raise ValueError(f"layers: {layer!r} matches no adapted layer; there are: {', '.join(list(adapters)[:12])}")
         found |= hits
     return {n:a for n,a in adapters.items() if n in found}
-
-# %% ../nbs/12_hooks.ipynb #8946a060
-def _find_latents(model, latents, layers):
-    "[(adapter, latents as a tensor)], every latent checked to exist. Raises ValueError or TypeError."
-    if isinstance(latents, dict):
-        if layers is not None: raise ValueError("layers: latents is a dict and names the layers already")
-        asked = [(name, adapter, ids) for layer,ids in latents.items() for name,adapter in find_adapters(model, layer).items()]
-    else: asked = [(name, adapter, latents) for name,adapter in find_adapters(model, layers).items()]
-    chosen = []
-    for name,adapter,ids in asked:
-        ids = [operator.index(i) for i in (ids if isinstance(ids, (list, tuple, set, range)) else [ids])]
-        wrong = [i for i in ids if not 0 <= i < adapter.num_latents]
-        if wrong: raise ValueError(f"latents: {wrong} not in 0..{adapter.num_latents - 1}, the latents of {name!r}")
-        chosen.append((adapter, torch.tensor(ids, dtype=torch.long, device=adapter.encoder.device)))
-    return chosen
-
-@contextmanager
-def _hooked(pairs):
-    "Append each hook to its adapter's list, and take exactly these out again, whatever happens in between."
-    try:
-        for adapter,hook in pairs: adapter.latent_hooks.append(hook)
-        yield
-    finally:
-        for adapter,hook in pairs:
-            if hook in adapter.latent_hooks: adapter.latent_hooks.remove(hook)
-
-def _change(model, latents, layers, change):
-    "A context in which the values of the chosen latents are change(values), where they are active."
-    def hook_for(ids):
-        def hook(adapter, values, indices): return torch.where(torch.isin(indices, ids) & (values != 0), change(values), values),indices
-        return hook
-    return _hooked([(adapter, hook_for(ids)) for adapter,ids in _find_latents(model, latents, layers)])
-
-def _finite(value, name):
-    if not math.isfinite(value): raise ValueError(f"{name} must be a finite number, got {value}")
-    return float(value)
 
 # %% ../nbs/12_hooks.ipynb #90ddc5ab
 @contextmanager
@@ -82,7 +57,34 @@ def record(
         return hook
     with _hooked([(adapter, hook_for(name)) for name,adapter in found.items()]): yield kept
 
-# %% ../nbs/12_hooks.ipynb #d2acf761
+# %% ../nbs/12_hooks.ipynb #b27c8752
+def _find_latents(model, latents, layers):
+    "[(adapter, latents as a tensor)], every latent checked to exist. Raises ValueError or TypeError."
+    if isinstance(latents, dict):
+        if layers is not None: raise ValueError("layers: latents is a dict and names the layers already")
+        asked = [(name, adapter, ids) for layer,ids in latents.items() for name,adapter in find_adapters(model, layer).items()]
+    else: asked = [(name, adapter, latents) for name,adapter in find_adapters(model, layers).items()]
+    chosen = []
+    for name,adapter,ids in asked:
+        ids = [operator.index(i) for i in (ids if isinstance(ids, (list, tuple, set, range)) else [ids])]
+        wrong = [i for i in ids if not 0 <= i < adapter.num_latents]
+        if wrong: raise ValueError(f"latents: {wrong} not in 0..{adapter.num_latents - 1}, the latents of {name!r}")
+        chosen.append((adapter, torch.tensor(ids, dtype=torch.long, device=adapter.encoder.device)))
+    return chosen
+
+def _finite(value, name):
+    if not math.isfinite(value): raise ValueError(f"{name} must be a finite number, got {value}")
+    return float(value)
+
+# %% ../nbs/12_hooks.ipynb #544b9569
+def _change(model, latents, layers, change):
+    "A context in which the values of the chosen latents are change(values), where they are active."
+    def hook_for(ids):
+        def hook(adapter, values, indices): return torch.where(torch.isin(indices, ids) & (values != 0), change(values), values),indices
+        return hook
+    return _hooked([(adapter, hook_for(ids)) for adapter,ids in _find_latents(model, latents, layers)])
+
+# %% ../nbs/12_hooks.ipynb #626204f5
 def ablate(
     model:nn.Module,                # an adapted model
     latents:int|list[int]|dict,     # a latent, several, or {layer: latents}; 0 <= latent < num_latents
@@ -91,6 +93,7 @@ def ablate(
     "Switch latents off: they write nothing, and none takes their place. Raises ValueError for an unknown latent or layer."
     return _change(model, latents, layers, torch.zeros_like)
 
+# %% ../nbs/12_hooks.ipynb #d18e3f6f
 def clamp(
     model:nn.Module,                # an adapted model
     latents:int|list[int]|dict,     # a latent, several, or {layer: latents}
