@@ -252,7 +252,7 @@ def load_adapter_state_dict(
     "Copy tensors into the adapters. Raises ValueError before anything is copied: other names, other shapes, NaN or inf."
     own = adapter_state_dict(model)
     missing,extra = sorted(own.keys() - state.keys()),sorted(state.keys() - own.keys())
-    if missing or extra: raise ValueError(f"state: other names than the model's adapters; missing: {missing[:3]}, not expected: {extra[:3]}")
+    if missing or extra: raise ValueError(f"state: names differ from the model's adapters; missing {missing[:3]}, not expected {extra[:3]}")
     for name,tensor in state.items():
         if tensor.shape != own[name].shape:
             raise ValueError(f"state: {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
