@@ -28,7 +28,7 @@ def _hooked(pairs):
 # %% ../nbs/12_hooks.ipynb #b5f8b160
 def find_adapters(
     model:nn.Module,                # an adapted model
-    layers:str|list[str]|None=None, # names, whole dotted parts of names ("query", "layer.0"), or regular expressions for whole names; None: all
+    layers:str|list[str]|None=None, # names, dotted parts of names ("query", "layer.0"), regular expressions for whole names; None: all
 )->dict: # name -> StanAdapter, in the model's order
     "The adapters of the layers asked for. Raises ValueError that lists the names if a layer matches nothing."
     adapters = dict(named_adapters(model))
@@ -36,7 +36,9 @@ def find_adapters(
     if layers is None: return adapters
     found = set()
     for layer in [layers] if isinstance(layers, str) else layers:
-        hits = {n for n in adapters if f".{layer}." in f".{n}." or re.fullmatch(layer, n)}
+        try: pattern = re.compile(layer)
+        except re.error as e: raise ValueError(f"layers: {layer!r} is neither a name nor a regular expression ({e})") from None
+        hits = {n for n in adapters if f".{layer}." in f".{n}." or pattern.fullmatch(n)}
         if not hits: raise ValueError(f"layers: {layer!r} matches no adapted layer; there are: {', '.join(list(adapters)[:12])}")
         found |= hits
     return {n:a for n,a in adapters.items() if n in found}
@@ -66,6 +68,7 @@ def _find_latents(model, latents, layers):
     else: asked = [(name, adapter, latents) for name,adapter in find_adapters(model, layers).items()]
     chosen = []
     for name,adapter,ids in asked:
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids                  # a tensor or an array
         ids = [operator.index(i) for i in (ids if isinstance(ids, (list, tuple, set, range)) else [ids])]
         wrong = [i for i in ids if not 0 <= i < adapter.num_latents]
         if wrong: raise ValueError(f"latents: {wrong} not in 0..{adapter.num_latents - 1}, the latents of {name!r}")
