@@ -96,7 +96,8 @@ def compare_speed(
     rows = Table()
     for name in names:
         ratio = spread([own / max(first, 1e-9) for own, first in zip(times[name], times[names[0]])])
-        rows.append(dict(name=name, ms=1000 * statistics.median(times[name]), ratio=ratio["median"], low=ratio["low"], high=ratio["high"], rounds=rounds))
+        rows.append(dict(name=name, ms=1000 * statistics.median(times[name]), ratio=ratio["median"], low=ratio["low"], high=ratio["high"],
+                         rounds=rounds))
     return rows
 
 # %% ../nbs/22_measure.ipynb #78f119bd
@@ -107,7 +108,8 @@ def cost_table(
     rows = Table()
     for run in runs:
         run = run if isinstance(run, Run) else Run.open(run)
-        if "result" not in run.info: raise ValueError(f"{run.path} has no result: its training has not finished, go on with it with --resume")
+        if "result" not in run.info:
+            raise ValueError(f"{run.path} has no result: its training has not finished, go on with it with --resume")
         result = run.info["result"]
         rows.append({"method": run.info["method"], "seed": run.info["seed"], "adapter": result["adapter"], "head": result["head"],
                      "share": result["trainable"] / result["total"], result["metric"]: result["test"][result["metric"]],

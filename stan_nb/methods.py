@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from fastcore.basics import patch
 from .peft import StanConfig
-from .settings import Settings, near
+from .settings import Settings, in_range, near
+from .topk import check_select
 
 # %% ../nbs/15_methods.ipynb #e5f0e4ce
 def is_linear(
@@ -40,22 +41,24 @@ def in_head(
 # %% ../nbs/15_methods.ipynb #d6362030
 def target_names(
     model:nn.Module,  # the frozen model, before anything is added to it
-    targets,          # list of module names or name endings, or "all-linear"
+    targets,          # names or endings of names (a list, or comma separated), or "all-linear"
     head=(),          # names of modules trained in full
 )->list[str]:         # full dotted names in the model's order
     "The modules that will be adapted. Raises ValueError, with near names, if a target matches nothing, TypeError if it is not linear."
     linear = {n: m for n, m in model.named_modules() if is_linear(m) and not in_head(n, head)}
     if targets in ("all-linear", ["all-linear"]): return list(linear)
-    targets = [targets] if isinstance(targets, str) else list(targets)
+    targets = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
     matches = lambda name, target: name == target or name.endswith(f".{target}")
     modules = [n for n, _ in model.named_modules() if n and not in_head(n, head)]
     for target in targets:
         if not any(matches(n, target) for n in modules):
             endings = {n.split(".")[-1] for n in linear}
-            raise ValueError(f"target {target!r} matches no module.{near(target, endings | set(linear))} Linear modules end in {', '.join(sorted(endings))}")
+            hint = near(target, endings | set(linear))
+            raise ValueError(f"target {target!r} matches no module.{hint} Linear modules end in {', '.join(sorted(endings))}")
     names = [n for n in modules if any(matches(n, t) for t in targets)]
     for name in names:
-        if name not in linear: raise TypeError(f"target {name} is a {type(model.get_submodule(name)).__name__}, an adapter needs a linear layer")
+        kind = type(model.get_submodule(name)).__name__
+        if name not in linear: raise TypeError(f"target {name} is a {kind}, an adapter needs a linear layer")
     if not names: raise ValueError("targets is empty: name at least one module")
     return names
 
@@ -95,8 +98,8 @@ def spend(
     totals = sorted(floor * each + extra for extra in more)
     best = min(totals, key=lambda total: abs(total - budget))
     if not close(best):
-        nearest = [t for t in totals if t <= budget][-1:] + [t for t in totals if t > budget][:1]
-        raise ValueError(f"a budget of {budget} parameters cannot be met within {tolerance:.0%}: the nearest are {' and '.join(map(str, nearest))}")
+        nearest = " and ".join(map(str, [t for t in totals if t <= budget][-1:] + [t for t in totals if t > budget][:1]))
+        raise ValueError(f"a budget of {budget} parameters cannot be met within {tolerance:.0%}: the nearest are {nearest}")
     left, units = dict(more[best - floor * each]), dict.fromkeys(costs, floor)
     for name, cost in costs.items():
         if left.get(cost): units[name] += 1; left[cost] -= 1
@@ -106,6 +109,11 @@ def spend(
 class Method:
     "How a frozen model is adapted. Subclasses are dataclasses whose fields are the method's options."
     name, chosen, base, head = "", {}, "", ()
+    def __post_init__(self):
+        for option, allowed in dict(k="[1, inf)", scaling="(0, inf)", dropout="[0, 1)", start="(1, inf)", orthogonal="[0, inf)").items():
+            value = getattr(self, option, None)
+            if value is None or in_range(value, allowed): continue
+            raise ValueError(f"{option} = {value!r} is out of range: allowed is {allowed}")
     def build(
         self,
         model:nn.Module, # the pretrained model; it is changed in place
@@ -167,7 +175,7 @@ def fingerprint(
         digest.update(f"{name}{tuple(parameter.shape)}{first.tolist()}".encode())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/15_methods.ipynb #5ec9917c
+# %% ../nbs/15_methods.ipynb #a6ad3c4f
 def read_tensors(
     path:Path, # a safetensors file
 )->dict:       # tensors by name
@@ -179,6 +187,7 @@ def read_tensors(
         if not torch.isfinite(tensor).all(): raise ValueError(f"{path}: {name} holds NaN or infinity")
     return tensors
 
+# %% ../nbs/15_methods.ipynb #69d63b8b
 def same_tensors(
     path:Path,     # where they were read, for the message
     tensors:dict,  # what was read
@@ -192,16 +201,18 @@ def same_tensors(
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(expected[name].shape)}")
 
-# %% ../nbs/15_methods.ipynb #a6ad3c4f
+# %% ../nbs/15_methods.ipynb #b8a73c70
 def _read_record(self, model, folder, head):
     "method.json of a folder, {} if there is none. Raises ValueError for another method or another base model."
     if not folder.is_dir(): raise FileNotFoundError(f"adapter folder {folder} does not exist")
     if not (folder/"method.json").is_file(): return {}
     try: record = json.loads((folder/"method.json").read_text())
     except ValueError: raise ValueError(f"{folder/'method.json'} is damaged: not valid JSON") from None
+    if not isinstance(record, dict) or not {"method", "base"} <= set(record):
+        raise ValueError(f"{folder/'method.json'} is damaged: method or base is missing")
     if record["method"] != self.name: raise ValueError(f"{folder} holds a {record['method']} adapter, not {self.name}")
-    if record["base"] != fingerprint(model, head):
-        raise ValueError(f"{folder} was trained on another base model (fingerprint {record['base']}, this one has {fingerprint(model, head)})")
+    own = fingerprint(model, head)
+    if record["base"] != own: raise ValueError(f"{folder} was trained on another base model: its fingerprint is {record['base']}, this one's {own}")
     return record
 
 def _write_record(self, folder):
@@ -215,8 +226,9 @@ class WholeTensors(Method):
     def trains(self, name): raise NotImplementedError
     def build(self, model, targets=None, budget=0, head=()):
         self.base, self.head = fingerprint(model, head), tuple(head)
-        if not any(self.trains(name) for name, _ in model.named_parameters()): raise ValueError(f"{self.name}: nothing to train, head = {head!r}")
-        for name, parameter in model.named_parameters(): parameter.requires_grad_(self.trains(name))
+        trained = {name for name, _ in model.named_parameters() if self.trains(name)}
+        if not trained: raise ValueError(f"{self.name}: nothing to train, head = {head!r}")
+        for name, parameter in model.named_parameters(): parameter.requires_grad_(name in trained)
         count = count_parameters(model, head)
         self.chosen = dict(trainable=count["adapter"], head=count["head"], budget=budget)
         return model
@@ -324,9 +336,13 @@ class Stan(PeftMethod):
     encoder_bias:bool=False  # a bias on the latents
     @property
     def extra(self): return int(self.encoder_bias)
+    def __post_init__(self):
+        super().__post_init__()
+        check_select(self.select)
     def config(self, units, shared):
         latents = min(units.values())
-        if self.k > latents: raise ValueError(f"k = {self.k} is more than the {latents} latents that this budget buys: lower k or raise the budget")
+        if self.k > latents:
+            raise ValueError(f"k = {self.k} is more than the {latents} latents that this budget buys: lower k or raise the budget")
         pattern = _pattern(units, latents)
         self.chosen = dict(num_latents=latents, k=self.k) | ({"more": sum(n - latents for n in units.values())} if pattern else {})
         return StanConfig(num_latents=latents, k=self.k, alpha=self.scaling * self.k, select=self.select, stan_dropout=self.dropout,
@@ -345,8 +361,9 @@ class AdaLora(PeftMethod):
         mean = sum(costs.values()) / len(costs)
         ranks = max(len(costs), round(budget / mean))
         if abs(ranks * mean - budget) > .01 * budget:
-            nearest = sorted({max(len(costs), n) * mean for n in (math.floor(budget / mean), math.ceil(budget / mean))})
-            raise ValueError(f"a budget of {budget} parameters cannot be met within 1%: the nearest are {' and '.join(f'{n:g}' for n in nearest)}")
+            around = {max(len(costs), n) * mean for n in (math.floor(budget / mean), math.ceil(budget / mean))}
+            nearest = " and ".join(f"{n:g}" for n in sorted(around))
+            raise ValueError(f"a budget of {budget} parameters cannot be met within 1%: the nearest are {nearest}")
         return {name: ranks // len(costs) + (i < ranks % len(costs)) for i, name in enumerate(costs)}
     def config(self, units, shared):
         ranks = sum(units.values())
@@ -396,7 +413,8 @@ def penalty(self:AdaLora, model):
 @patch
 def state_dict(self:AdaLora):
     allocator = self.tuner.rankallocator
-    return dict(pattern=self.tuner.peft_config["default"].rank_pattern, ipt=allocator.ipt, average=allocator.exp_avg_ipt, spread=allocator.exp_avg_unc)
+    pattern = self.tuner.peft_config["default"].rank_pattern
+    return dict(pattern=pattern, ipt=allocator.ipt, average=allocator.exp_avg_ipt, spread=allocator.exp_avg_unc)
 
 @patch
 def load_state_dict(self:AdaLora, state):
@@ -426,10 +444,12 @@ def get_method(
     **options, # the method's own, e.g. k=8
 )->Method:     # ready to build
     "A method by name. Raises ValueError for an unknown name, TypeError for an option it does not have."
-    if name not in METHODS: raise ValueError(f"method = {name!r} is not known: allowed is one of {', '.join(METHODS)}.{near(name, METHODS)}")
+    if name not in METHODS:
+        raise ValueError(f"method = {name!r} is not known: allowed is one of {', '.join(METHODS)}.{near(name, METHODS)}")
     known = [f.name for f in dataclasses.fields(METHODS[name])]
     for option in options:
-        if option not in known: raise TypeError(f"{name} has no option {option!r}: allowed is {', '.join(known) or 'none'}.{near(option, known)}")
+        if option in known: continue
+        raise TypeError(f"{name} has no option {option!r}: allowed is {', '.join(known) or 'none'}.{near(option, known)}")
     return METHODS[name](**options)
 
 def method_from_settings(

@@ -40,7 +40,7 @@ class Task:
     def collate(self, rows)->dict: raise NotImplementedError             # a list of rows -> a batch of tensors
     def loss(self, model, batch)->torch.Tensor: raise NotImplementedError   # a scalar; *call* the model, so that wrappers around it work
     def size(self, batch)->int: return len(batch["labels"])              # units in a batch, padding not counted
-    def predict(self, model, batch): raise NotImplementedError           # one prediction a row (logits, tokens ...): whatever `metrics` takes
+    def predict(self, model, batch): raise NotImplementedError           # a prediction a row (logits, tokens ...), for `metrics`
     def references(self, rows)->list: return list(rows["label"])         # the right answers of a split
     def metrics(self, predictions, references)->dict: raise NotImplementedError  # scores by name, `metric` among them
 
@@ -50,7 +50,8 @@ def get_task(
 )->type[Task]:    # the class; call it with settings
     "The task class of a modality. Raises ValueError listing those that are installed."
     found = {point.name: point for point in importlib.metadata.entry_points(group="stan_nb.tasks")}
-    if modality not in found: raise ValueError(f"modality = {modality!r} is not known: allowed is one of {', '.join(found)}.{near(modality, found)}")
+    if modality not in found:
+        raise ValueError(f"modality = {modality!r} is not known: allowed is one of {', '.join(found)}.{near(modality, found)}")
     return found[modality].load()
 
 # %% ../nbs/20_task.ipynb #5830aaa4
@@ -79,7 +80,8 @@ def predict_rows(
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
-            for start in tqdm(range(rank * batch_size, len(rows), world * batch_size), desc="predict", leave=False, disable=not progress or rank > 0):
+            starts = range(rank * batch_size, len(rows), world * batch_size)
+            for start in tqdm(starts, desc="predict", leave=False, disable=not progress or rank > 0):
                 batch = task.collate(take(rows, range(start, min(start + batch_size, len(rows)))))
                 prediction = task.predict(model, send_to_device(batch, device))
                 parts.append((start, prediction.float().cpu() if torch.is_tensor(prediction) else prediction))
@@ -177,9 +179,10 @@ def from_run(
     cls:Task,
     path:str|Path,  # a run folder whose training has finished
 )->tuple:           # the task, and its model with the trained adapter, in eval mode
-    "Where evaluation, prediction, latents and explorers start. Raises FileNotFoundError or ValueError for a folder that is no finished run."
+    "Where evaluation, prediction and explorers start. Raises FileNotFoundError or ValueError for a folder that is no finished run."
     run = Run.open(path)
-    if not run.adapter.is_dir(): raise FileNotFoundError(f"{path} has no adapter: its training has not finished, go on with it with --resume")
+    if not run.adapter.is_dir():
+        raise FileNotFoundError(f"{path} has no adapter: its training has not finished, go on with it with --resume")
     task = get_task(run.settings.modality)(run.settings)
     model = task.build_model()
     return task, method_from_settings(run.settings).load(model, run.adapter, task.targets(model), task.head(model)).eval()
