@@ -51,12 +51,6 @@ class StanAdapter(nn.Module):
         self.latent_hooks = [] # callables (adapter, values, indices) -> (values, indices); see stan_nb.hooks
         self.reset_parameters()
 
-    def reset_parameters(self):
-        "Start as the frozen layer: encoder Kaiming-uniform (a = sqrt 5) like LoRA's A, decoder and bias zero."
-        nn.init.kaiming_uniform_(self.encoder, a=math.sqrt(5))
-        nn.init.zeros_(self.decoder)
-        if self.encoder_bias is not None: nn.init.zeros_(self.encoder_bias)
-
     @property
     def k(self)->int:
         "Latents kept per token; may be set to another value in 1..num_latents at any time. `alpha` stays, so `scaling` moves."
@@ -68,6 +62,14 @@ class StanAdapter(nn.Module):
     def scaling(self)->float:
         "The factor in front of the update, alpha / k."
         return self.alpha / self.k
+
+# %% ../nbs/11_layer.ipynb #b32926a0
+@patch
+def reset_parameters(self:StanAdapter):
+    "Start as the frozen layer: encoder Kaiming-uniform (a = sqrt 5) like LoRA's A, decoder and bias zero."
+    nn.init.kaiming_uniform_(self.encoder, a=math.sqrt(5))
+    nn.init.zeros_(self.decoder)
+    if self.encoder_bias is not None: nn.init.zeros_(self.encoder_bias)
 
 # %% ../nbs/11_layer.ipynb #cd8cdf3c
 @patch
