@@ -8,7 +8,7 @@ Docs: https://stan-nb.github.io/stan_nb/measure.html.md"""
 __all__ = ['parameters', 'timed', 'spread', 'latency', 'throughput', 'compare_speed', 'cost_table']
 
 # %% ../nbs/22_measure.ipynb #cadd165f
-import math, statistics, time
+import statistics, time
 import torch
 from torch import nn
 from .methods import count_parameters
@@ -47,7 +47,7 @@ def spread(
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return dict(median=middle, low=low, high=high, n=len(values))
 
-# %% ../nbs/22_measure.ipynb #83788601
+# %% ../nbs/22_measure.ipynb #a462331c
 def latency(
     model:nn.Module,  # called in eval mode, without gradients; its mode is restored
     batch,            # a dict of keyword arguments, or one tensor
@@ -66,6 +66,7 @@ def latency(
     finally: model.train(training)
     return dict(wall_ms=spread([1000 * wall for wall, _ in times]), cpu_ms=spread([1000 * cpu for _, cpu in times]))
 
+# %% ../nbs/22_measure.ipynb #bbe78df3
 def throughput(
     step,            # called without arguments: one training step, or one batch of inference
     units:int,       # tokens or samples that a call works through

@@ -212,7 +212,8 @@ def _read_record(self, model, folder, head):
         raise ValueError(f"{folder/'method.json'} is damaged: method or base is missing")
     if record["method"] != self.name: raise ValueError(f"{folder} holds a {record['method']} adapter, not {self.name}")
     own = fingerprint(model, head)
-    if record["base"] != own: raise ValueError(f"{folder} was trained on another base model: its fingerprint is {record['base']}, this one's {own}")
+    if record["base"] != own:
+        raise ValueError(f"{folder} was trained on another base model: its fingerprint is {record['base']}, this one's {own}")
     return record
 
 def _write_record(self, folder):

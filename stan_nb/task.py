@@ -1,4 +1,4 @@
-"""Everything that training, evaluation and explorers need to know about a modality, behind one small class; and a toy task that keeps the contract.
+"""Everything that training and evaluation need to know about a modality, in one small class; and a toy that keeps the contract.
 
 Docs: https://stan-nb.github.io/stan_nb/task.html.md"""
 
@@ -63,7 +63,7 @@ def take(
     columns = rows[list(numbers)]
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
-# %% ../nbs/20_task.ipynb #1b009d6d
+# %% ../nbs/20_task.ipynb #671a266c
 def predict_rows(
     task:Task,
     model:nn.Module,
@@ -90,6 +90,7 @@ def predict_rows(
     parts = [part for _, part in sorted(parts, key=lambda part: part[0])]
     return torch.cat(parts) if torch.is_tensor(parts[0]) else [p for part in parts for p in part]
 
+# %% ../nbs/20_task.ipynb #7c943d32
 def evaluate(
     task:Task,
     model:nn.Module,
@@ -121,7 +122,7 @@ def grouping(
     "Clusters dealt out to four groups at random."
     return (np.random.default_rng(seed).permutation(32) % 4).tolist()
 
-# %% ../nbs/20_task.ipynb #f4894dfa
+# %% ../nbs/20_task.ipynb #07be7657
 class Mlp(nn.Module):
     "Two hidden layers and a head."
     def __init__(self):
@@ -130,6 +131,7 @@ class Mlp(nn.Module):
     def forward(self, x): # x: (rows, 16) -> logits (rows, 4)
         return self.head(torch.relu(self.down(torch.relu(self.up(x)))))
 
+# %% ../nbs/20_task.ipynb #8be8ae20
 @functools.cache
 def _pretrained():
     "The weights of an Mlp trained on the old grouping: always the same, and the caller's random state is left alone."
@@ -156,7 +158,8 @@ class ToyTask(Task):
             points, groups = clusters(rows, grouping(2), seed, self.settings.options.get("noise", .5))
             splits[split] = Dataset.from_dict(dict(x=points, label=groups))
         self.source = f"32 Gaussian clusters in 16 dimensions, regrouped at random; {wanted[0]} training points"
-        self.corpus_hash = hashlib.sha256(b"".join(np.asarray(part["x"], "float32").tobytes() for part in splits.values())).hexdigest()[:16]
+        self.corpus_hash = hashlib.sha256(b"".join(np.asarray(part[column], "float32").tobytes()
+                                                   for part in splits.values() for column in ("x", "label"))).hexdigest()[:16]
         return DatasetDict(splits)
     def build_model(self):
         model = Mlp()

@@ -197,13 +197,15 @@ def load_checkpoint(
 class Interruption:
     "Within the block, the first Ctrl-C or SIGTERM only sets `asked`, so that the step at hand can be finished; the second acts at once."
     asked = False
-    def _note(self, number, frame): self.asked = True; self._restore()
+    def ask(self, number=None, frame=None):              # what the system calls when the signal comes
+        self.asked = True
+        self._restore()
     def _restore(self):
         for number, former in self.former.items(): signal.signal(number, former)
         self.former = {}
     def __enter__(self):
         here = threading.current_thread() is threading.main_thread()
-        self.former = {n: signal.signal(n, self._note) or signal.SIG_DFL for n in (signal.SIGINT, signal.SIGTERM)} if here else {}
+        self.former = {n: signal.signal(n, self.ask) or signal.SIG_DFL for n in (signal.SIGINT, signal.SIGTERM)} if here else {}
         return self
     def __exit__(self, *error): self._restore()
     def everywhere(self, accelerator):
@@ -305,7 +307,8 @@ def finish(self:Job, test, memory):
     self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False).eval()
     return dict(metric=self.task.metric, test=scores, valid=self.at.best, best_step=self.at.best_step, steps=self.at.step,
                 seconds=round(self.at.seconds, 3), unit=self.task.unit, tokens_per_s=round(self.at.units / self.at.seconds, 1),
-                peak_mib=round(memory.mib, 1), peak_kind=memory.kind, device=str(self.accelerator.device), processes=self.plan.processes, **count_parameters(self.model, self.method.head))
+                peak_mib=round(memory.mib, 1), peak_kind=memory.kind, device=str(self.accelerator.device),
+                processes=self.plan.processes, **count_parameters(self.model, self.method.head))
 
 # %% ../nbs/21_train.ipynb #84d48aa9
 def _check_finite(step, loss, norm, lr, accelerator, kept):
