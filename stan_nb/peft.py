@@ -12,7 +12,7 @@ __all__ = ['STAN', 'add_peft_type', 'StanConfig', 'layer_options', 'StanLayer', 
 import difflib, json, math, os, re, tempfile, warnings
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from fastcore.basics import patch
