@@ -23,6 +23,7 @@ from accelerate.utils import send_to_device
 from fastcore.basics import patch
 from safetensors.torch import save
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from .methods import Method, count_parameters, lora_budget, method_from_settings, read_tensors, same_tensors
 from .runs import PeakMemory, Run, atomic_folder
@@ -114,7 +115,7 @@ def train_step(
     clip:float,         # largest norm of the gradient; 0: any
 )->tuple[float, float]: # loss before the step, and the gradient's norm before clipping
     "Gradients of all batches together, then one step of the optimizer; no step if loss or gradient is not finite."
-    total, adapted = 0., accelerator.unwrap_model(model)
+    total, adapted = 0., model.module if isinstance(model, DistributedDataParallel) else model
     for number, (weight, batch) in enumerate(batches, 1):
         last = number == len(batches)
         with contextlib.nullcontext() if last else accelerator.no_sync(model):   # processes add up their gradients once, at the end
