@@ -242,18 +242,18 @@ def cmd_predict(
     if not hasattr(task, "predict_text"): raise ValueError(f"{run} was trained on {task.name}, which is no text: `stan-nb eval {run}` is what it can do")
     found = answers(task, texts, task.predict_text(model, texts))
     if logits: print("\n".join(json.dumps(row, ensure_ascii=False) for row in found))
-    else: print(text_table([{key: row[key] if key != "probability" else f"{row[key]:.3f}" for key in ("label", "probability", "input")} for row in found]))
+    else: print(text_table([{key: f"{row[key]:.3f}" if isinstance(row[key], float) else row[key] for key in row if key != "logits"} for row in found]))
 
 def answers(
-    task,         # with `labels`, the names of the classes, if it has names for them
+    task,         # with `labels`, the names of its classes; empty: it gives a score
     texts:list,   # the inputs
-    logits,       # (inputs, classes) float tensor
-)->list[dict]:    # input, label, probability of it (0..1), logits
+    logits,       # float tensor (inputs, classes), or (inputs, 1) for scores
+)->list[dict]:    # label and its probability (0..1), or score; logits; input
     "Logits as answers."
-    names = list(getattr(task, "labels", [])) or [str(i) for i in range(logits.shape[-1])]
-    chances = logits.double().softmax(-1)
-    return [dict(input=text, label=names[int(row.argmax())], probability=float(row.max()), logits=raw.tolist())
-            for text, row, raw in zip(texts, chances, logits.float())]
+    if logits.shape[-1] == 1: return [dict(score=row.item(), logits=row.tolist(), input=text) for text, row in zip(texts, logits)]
+    names = list(getattr(task, "labels", ())) or [str(i) for i in range(logits.shape[-1])]
+    best = logits.double().softmax(-1).max(-1)
+    return [dict(label=names[i], probability=p, logits=row, input=text) for text, i, p, row in zip(texts, best.indices.tolist(), best.values.tolist(), logits.tolist())]
 
 # %% ../nbs/70_cli.ipynb #48348909
 def open_runs(
@@ -456,7 +456,7 @@ def latent_parts(
     found, tokens = activity(task, model, [rows[i] for i in range(min(examples, len(rows)))])
     names = dict(zip(found, short_names(found)))
     density = [float(d) for table in found.values() for d in (table > 0).float().mean(0)]
-    dead, k = sum(d == 0 for d in density), run.settings.k
+    dead, k = sum(d == 0 for d in density), run.info["chosen"]["k"]
     counted = f"{sum(map(len, found.values())) // max(1, len(found)):,} {'tokens' if tokens else 'examples'}"
     intro = (f"From {run.path.name}, over {counted} of the validation split: {len(density):,} latents in {len(found)} layers, at most {k} of a layer at a time; "
              f"{dead:,} never fired. A density is the fraction of {'tokens' if tokens else 'examples'} on which a latent fires.")

@@ -231,3 +231,66 @@ def test_small_parts():
     assert in_words(dict(num_latents=4, k=2, trainable=1448, head=2, budget=1448, off_by=.0)) == "num_latents 4, k 2; 1,448 parameters, 0.0% off the budget"
     rows = [dict(variant=v, seed=s, score=.5) for v in ("a", "b") for s in ((0,) if v == "a" else (1,))]
     assert difference(rows, "a", "b")["text"] == "no common seed" and verdict(rows) == ["b and a share no seed."]
+
+
+@pytest.fixture(scope="module")
+def little(tmp_path_factory):
+    "A folder with pairs, and a BERT of two layers that nobody trained: text in a second, without any download."
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    folder = tmp_path_factory.mktemp("little")
+    words = "sort the nodes of a graph draw curve number is prime list item add remove <b> & ##s".split()
+    special = dict(unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+    vocabulary = {word: i for i, word in enumerate([*special.values(), *words])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+                                                             special_tokens=[(t, vocabulary[t]) for t in ("[CLS]", "[SEP]")])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder/"bert")
+    BertModel(BertConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+                         max_position_embeddings=40)).save_pretrained(folder/"bert")
+    pairs = [dict(text=f"{a} the nodes of a graph", pair=f"{b} item", label=int(a == b)) for a in ("sort", "draw", "add", "remove", "<b>") for b in ("sort", "draw", "add", "remove", "<b>")]
+    (folder/"data").mkdir()
+    for name, rows in dict(train=pairs * 8, valid=pairs, test=pairs).items(): (folder/"data"/f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ["text", "--backbone", str(folder/"bert"), "--data", str(folder/"data"), "--device", "cpu", "--lr", "5e-3", "--epochs", "1", "--opt.last_layers", "0", "--rank", "4", "--k", "2"]
+
+
+ASKED = ["sort the nodes | sort item", "draw a curve|add", "<b> & graphs | remove item"]
+
+
+@pytest.mark.parametrize("method", ["stan", "lora", "head"])
+def test_a_fresh_process_predicts_the_same_logits(little, tmp_path, monkeypatch, method):
+    from stan_nb import methods
+    from stan_nb.text import TextTask
+    end, kind = {}, type(methods.get_method(method))
+    save = kind.save
+
+    def look(self, model, folder):
+        "What the model says at the end of its training, before it is saved."
+        task = TextTask(Run.open(tmp_path/"run").settings)
+        task.load_data()
+        end["logits"] = task.predict_text(model, ASKED).tolist()
+        return save(self, model, folder)
+
+    monkeypatch.setattr(kind, "save", look)
+    assert main(["train", *little, "--method", method, "--out", "run"]) == 0
+    out, err = start("predict", "run", *ASKED, "--logits", cwd=tmp_path).communicate(timeout=120)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["logits"] for row in rows] == end["logits"]
+    assert [row["input"] for row in rows] == ASKED and all(row["label"] in "01" and .5 <= row["probability"] <= 1 for row in rows)
+
+
+def test_predict_says_what_it_needs(little, capsys, tmp_path):
+    assert main(["train", *little, "--max-steps", "2", "--out", "run"]) == 0
+    capsys.readouterr()
+    assert "'first | second'" in fails(capsys, "predict", "run", "only one")
+    assert main(["predict", "run", ASKED[0]]) == 0
+    assert re.search(r"label +probability +input\n-.*\n\d +\d\.\d{3} +sort the nodes", capsys.readouterr().out)
+
+
+def test_report_shows_words(little, tmp_path):
+    assert main(["train", *little, "--out", "run"]) == 0
+    page = report(["run"], "r.html").read_text()
+    text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
+    assert "validation example 1" in text and "most on the words" in text and "[PAD]" not in text
+    assert "nodes" in text and "<b>" not in text.replace("<body>", "") and "&lt;b&gt;" in text
