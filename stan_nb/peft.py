@@ -47,12 +47,14 @@ def _number(name, value, whole=False):
     "value as a positive int or float. Raises TypeError or ValueError that names the argument."
     kind = "a whole number >= 1" if whole else "a finite number > 0"
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"): raise TypeError(f"{name} must be {kind}, got {value!r}")
-    if not (math.isfinite(value) and value > 0 and (not whole or value == int(value))): raise ValueError(f"{name} must be {kind}, got {value!r}")
+    if not (math.isfinite(value) and value > 0 and (not whole or value == int(value))):
+        raise ValueError(f"{name} must be {kind}, got {value!r}")
     return int(value) if whole else float(value)
 
 def _pattern(name, values, whole=False):
     "A checked copy of {regular expression: number}; None means none. Raises TypeError or ValueError."
-    if values is not None and not isinstance(values, dict): raise TypeError(f"{name} must be a dict of regular expression -> number, got {values!r}")
+    if values is not None and not isinstance(values, dict):
+        raise TypeError(f"{name} must be a dict of regular expression -> number, got {values!r}")
     for key in values or {}:
         try: re.compile(key)
         except re.error as error: raise ValueError(f"{name}: {key!r} is no regular expression: {error}") from None
@@ -67,7 +69,8 @@ def _check_options(config):
     config.alpha_pattern = _pattern("alpha_pattern", config.alpha_pattern)
     check_select(config.select)
     dropout = config.stan_dropout
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)): raise TypeError(f"stan_dropout must be a number, got {dropout!r}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"stan_dropout must be a number, got {dropout!r}")
     if not 0 <= dropout < 1: raise ValueError(f"stan_dropout must be in 0 <= stan_dropout < 1, got {dropout}")
     most = max([config.num_latents, *config.latents_pattern.values()])
     for name,k in {"k": config.k, **{f"k_pattern[{n!r}]": k for n,k in config.k_pattern.items()}}.items():
@@ -89,7 +92,7 @@ class StanConfig(PeftConfig):
     stan_dropout:float = 0.0  # on the adapter's input in training, 0 <= stan_dropout < 1
     encoder_bias:bool = False # add a trainable bias before the selection
     init_weights:bool = True  # True: start as the frozen model; False: a random decoder (for tests)
-    target_modules:list[str]|str|None = None   # ends of module names, one regular expression, "all-linear"; None: LoRA's for this architecture
+    target_modules:list[str]|str|None = None   # ends of names, a regular expression, "all-linear"; None: LoRA's defaults
     exclude_modules:list[str]|str|None = None  # ends of names, or one regular expression, of modules to leave alone
     layers_to_transform:list[int]|int|None = None # only these layer numbers; needs target_modules to be a list
     layers_pattern:list[str]|str|None = None   # name of the module list the numbers count in, e.g. "layers"
@@ -126,8 +129,8 @@ def layer_options(
     return options
 
 # %% ../nbs/13_peft.ipynb #3acaa941
-CANNOT_MERGE = ("STAN cannot be merged into the base weights: which latents it uses depends on the input, so no single weight matrix does the same. "
-                "Keep the adapter beside the model, or take it out with unload().")
+CANNOT_MERGE = ("STAN cannot be merged into the base weights: which latents it uses depends on the input, so no single weight matrix does "
+                "the same. Keep the adapter beside the model, or take it out with unload().")
 
 def _sizes(layer, name=""):
     "(in_features, out_features) of a layer STAN can wrap. Raises ValueError for any other."
@@ -254,7 +257,8 @@ def _check_called(modules, name):
     "Raise ValueError for a module whose owner reads its weight without calling it."
     owners = [modules[n] for n in {"", *_beginnings(name)}]
     if any(isinstance(m, nn.MultiheadAttention) for m in owners):
-        raise ValueError(f"Target module {name} is not supported: nn.MultiheadAttention reads its weight without calling it; use exclude_modules.")
+        raise ValueError(f"Target module {name} is not supported: nn.MultiheadAttention reads its weight without calling it; "
+                         "use exclude_modules.")
 
 def _targets(config, model, names=None):
     "{name: (in_features, out_features)} of the modules a config adapts (or of `names`). Raises ValueError for one STAN cannot adapt."
@@ -286,11 +290,12 @@ def _warn_of_misses(config, model):
         warnings.warn(f"target_modules: {', '.join(map(repr, misses))} matched no module. {_near(model, misses)}")
 
 def _resolve(config, model):
-    "Fill in the targets: the architecture's defaults for None, the linear layers for 'all-linear'. Raises ValueError if there are no defaults."
+    "Fill in the targets: the architecture's defaults for None, the linear layers for 'all-linear'. Raises ValueError without defaults."
     if config.target_modules is None:
         kind = BaseTuner.get_model_config(model).get("model_type")
         targets = StanModel.target_module_mapping.get(kind)
-        if targets is None: raise ValueError(f"Please specify `target_modules` in `peft_config`: there are no defaults for model type {kind!r}")
+        if targets is None:
+            raise ValueError(f"Please specify `target_modules` in `peft_config`: there are no defaults for model type {kind!r}")
         config.target_modules = targets if isinstance(targets, str) else set(targets)
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         closed = {n for n,m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
@@ -330,9 +335,9 @@ class StanModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         "PEFT's own, after the tensors have been checked against the model's layers. Raises ValueError before any is copied."
-        own = {n.removeprefix("base_model.model."): m for n,m in model.named_modules() if isinstance(m, StanLayer) and adapter_name in m.stan_sae}
-        layers,_ = _checked_tensors(config, state_dict, "state dict")
-        _check_fit(layers, {n: (m.in_features, m.out_features) for n,m in own.items()}, "state dict")
+        own = {n.removeprefix("base_model.model."): (m.in_features, m.out_features) for n,m in model.named_modules()
+               if isinstance(m, StanLayer) and adapter_name in m.stan_sae}
+        _check_fit(_checked_tensors(config, state_dict, "state dict")[0], own, "state dict")
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 # %% ../nbs/13_peft.ipynb #c6e2737a
@@ -438,12 +443,14 @@ def _checked_tensors(config, state, where):
     parts = {"encoder", "decoder"} | ({"encoder_bias"} if config.encoder_bias else set())
     for layer,tensors in layers.items():
         latents = layer_options(config, layer)["num_latents"]
-        if set(tensors) != parts: raise ValueError(f"{where}: {layer} holds {', '.join(sorted(tensors))}; expected {', '.join(sorted(parts))}")
+        if set(tensors) != parts:
+            raise ValueError(f"{where}: {layer} holds {', '.join(sorted(tensors))}; expected {', '.join(sorted(parts))}")
         for part,tensor in tensors.items():
             if tensor.ndim != (1 if part == "encoder_bias" else 2) or tensor.shape[0] != latents:
                 raise ValueError(f"{where}: {layer}.{part} has shape {tuple(tensor.shape)}, expected {latents} rows (num_latents)")
     for name,tensor in state.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all(): raise ValueError(f"{where}: {name} holds NaN or inf")
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise ValueError(f"{where}: {name} holds NaN or inf")
     return layers,others
 
 # %% ../nbs/13_peft.ipynb #f87f315a
@@ -452,12 +459,15 @@ def _shape(tensor): return tuple(getattr(tensor, "shape", tensor))
 def _check_fit(layers, sizes, where):
     "Raise ValueError unless the layers of an adapter (tensors or shapes) are those of the model, with its sizes."
     missing,extra = sorted(sizes.keys() - layers.keys()),sorted(layers.keys() - sizes.keys())
-    if missing: raise ValueError(f"{where}: misses the tensors of {len(missing)} layers of this model, e.g. {missing[0]}; damaged, or of another base model")
-    if extra: raise ValueError(f"{where}: holds tensors of {len(extra)} layers this model does not adapt, e.g. {extra[0]}; of another base model")
+    if missing: raise ValueError(f"{where}: misses the tensors of {len(missing)} layers of this model, e.g. {missing[0]}; "
+                                 "damaged, or of another base model")
+    if extra: raise ValueError(f"{where}: holds tensors of {len(extra)} layers this model does not adapt, e.g. {extra[0]}; "
+                               "of another base model")
     for name,(d_in,d_out) in sizes.items():
         got = _shape(layers[name]["encoder"])[1],_shape(layers[name]["decoder"])[1]
         if got != (d_in, d_out):
-            raise ValueError(f"{where}: {name} adapts {got[0]} -> {got[1]} features, this model's layer has {d_in} -> {d_out}; of another base model")
+            raise ValueError(f"{where}: {name} adapts {got[0]} -> {got[1]} features, this model's layer has {d_in} -> {d_out}; "
+                             "of another base model")
 
 def _check_saved_modules(config, model, others, where):
     "Raise ValueError unless every module trained in full is in the folder, with the model's shapes."
@@ -467,7 +477,8 @@ def _check_saved_modules(config, model, others, where):
             saved = others.get(f"{name}.{key}")
             if saved is None: raise ValueError(f"{where}: misses {name}.{key} (modules_to_save)")
             if _shape(saved) != tuple(tensor.shape):
-                raise ValueError(f"{where}: {name}.{key} has shape {_shape(saved)}, this model's is {tuple(tensor.shape)}; of another base model")
+                raise ValueError(f"{where}: {name}.{key} has shape {_shape(saved)}, this model's is {tuple(tensor.shape)}; "
+                                 "of another base model")
 
 # %% ../nbs/13_peft.ipynb #86bc7537
 def weights_file(
@@ -489,7 +500,8 @@ def from_pretrained(cls:StanConfig,
         try: state = load_peft_weights(str(folder), device="cpu")
         except Exception as error: raise ValueError(f"{file} is truncated or damaged: {error}") from None
         layers,others = _checked_tensors(config, state, file)
-        config._folder = folder,{n: {p: _shape(t) for p,t in parts.items()} for n,parts in layers.items()},{n: _shape(t) for n,t in others.items()}
+        shapes = {n: {p: _shape(t) for p,t in parts.items()} for n,parts in layers.items()}
+        config._folder = folder,shapes,{n: _shape(t) for n,t in others.items()}
     return config
 
 # %% ../nbs/13_peft.ipynb #9e804c0f
@@ -499,7 +511,8 @@ def _preflight(config, model, state_dict=None):
     sizes = _targets(config, model, state_dict and {k.rsplit(".stan_", 1)[0].removeprefix("_orig_mod.") for k in state_dict})
     if config._folder: _check_fit(config._folder[1], sizes, config._folder[0])
     if config._trained_on and not same_base(config._trained_on, fingerprint(model, sizes)):
-        warnings.warn("This adapter was trained on other base weights than this model's: expect nonsense. (`stan_nb.peft.load_adapter` refuses it.)")
+        warnings.warn("This adapter was trained on other base weights than this model's: expect nonsense. "
+                      "(`stan_nb.peft.load_adapter` refuses it.)")
     return sizes
 
 # %% ../nbs/13_peft.ipynb #6365f929
@@ -537,25 +550,27 @@ def load_adapter(
 )->PeftModel: # with the adapter in it
     "Load a saved STAN adapter. Raises FileNotFoundError or ValueError before anything is changed, see `check_adapter`."
     check_adapter(path, model, check_base)
-    if not isinstance(model, PeftModel): return PeftModel.from_pretrained(model, str(path), adapter_name, is_trainable=is_trainable, **kwargs)
+    if not isinstance(model, PeftModel):
+        return PeftModel.from_pretrained(model, str(path), adapter_name, is_trainable=is_trainable, **kwargs)
     if adapter_name in model.peft_config: raise ValueError(f"adapter_name: the model has an adapter {adapter_name!r} already")
     model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
     return model
 
 # %% ../nbs/13_peft.ipynb #1be60f46
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal") # LoRA initialisations that leave the base weights alone
-PLAIN = dict(use_dora=False, bias="none", lora_bias=False, use_qalora=False, use_bdlora=None, layer_replication=None, target_parameters=None,
-             trainable_token_indices=None, alora_invocation_tokens=None, arrow_config=None, kasa_config=None, monteclora_config=None,
-             velora_config=None, megatron_config=None)
+PLAIN = dict(use_dora=False, bias="none", lora_bias=False, use_qalora=False, use_bdlora=None, layer_replication=None,
+             target_parameters=None, trainable_token_indices=None, alora_invocation_tokens=None, arrow_config=None, kasa_config=None,
+             monteclora_config=None, velora_config=None, megatron_config=None)
 
 def _check_lora(config, path):
     "Raise ValueError for a LoRA whose update is more than scale · B·A·x on the base weights as they were."
     for name,plain in PLAIN.items():
         value = getattr(config, name, plain)
-        if value and value != plain: raise ValueError(f"{path}: cannot convert a LoRA with {name}={value!r}, only plain LoRA ({name}={plain!r})")
+        if value and value != plain:
+            raise ValueError(f"{path}: cannot convert a LoRA with {name}={value!r}, only plain LoRA ({name}={plain!r})")
     if config.init_lora_weights not in KEEPS_BASE:
-        raise ValueError(f"{path}: cannot convert a LoRA with init_lora_weights={config.init_lora_weights!r}, which changed the base weights; save it with "
-                         "path_initial_model_for_weight_conversion first")
+        raise ValueError(f"{path}: cannot convert a LoRA with init_lora_weights={config.init_lora_weights!r}, which changed the base "
+                         "weights; save it with path_initial_model_for_weight_conversion first")
 
 def _lora_pairs(state, path):
     "{layer name: (A, B)} and the other tensors. Raises ValueError for tensors that plain LoRA on linear layers does not have."
@@ -567,7 +582,8 @@ def _lora_pairs(state, path):
         elif ".lora_" in key: raise ValueError(f"{path}: cannot convert {key} of shape {tuple(tensor.shape)}, only LoRA on linear layers")
         else: others[key] = tensor
     for name,pair in pairs.items():
-        if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1]: raise ValueError(f"{path}: {name} has no matching pair of lora_A and lora_B")
+        if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1]:
+            raise ValueError(f"{path}: {name} has no matching pair of lora_A and lora_B")
     if not pairs: raise ValueError(f"{path}: holds no lora_A and lora_B")
     return {n: (p["A"], p["B"]) for n,p in pairs.items()},others
 
@@ -585,7 +601,8 @@ def _alpha_of(lora, name, rank):
 def _write_adapter(folder, config, tensors):
     "Write an adapter folder in one step. Raises FileExistsError if it holds anything."
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise FileExistsError(f"folder: {folder} exists and is not empty")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"folder: {folder} exists and is not empty")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as tmp:
         new = Path(tmp, folder.name)
@@ -599,7 +616,7 @@ def from_lora(
     path:str|Path,             # a folder PEFT saved a LoRA in
     folder:str|Path|None=None, # where to write the STAN adapter, a new or empty folder; None: nowhere
 )->tuple[StanConfig, dict[str, torch.Tensor]]: # the STAN adapter's config and tensors
-    "Any saved plain LoRA as the STAN adapter that computes the same: k = num_latents = r. Raises FileNotFoundError, FileExistsError, ValueError."
+    "Any saved plain LoRA as the STAN adapter that computes the same, k = num_latents = r. Raises FileNotFoundError, ValueError."
     if not Path(path, "adapter_config.json").is_file() or not weights_file(path):
         raise FileNotFoundError(f"{path} holds no adapter_config.json with adapter_model.safetensors")
     lora = PeftConfig.from_pretrained(str(path))

@@ -33,8 +33,9 @@ def mlp(seed=0, width=20):
 
 def bert(seed=0, **kw):
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=32)
-    return BertForSequenceClassification(BertConfig(**sizes | dict(hidden_dropout_prob=0., attention_probs_dropout_prob=0.) | kw)).eval()
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    others = dict(max_position_embeddings=32, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
+    return BertForSequenceClassification(BertConfig(**sizes | others | kw)).eval()
 
 
 def llama(seed=0):
@@ -45,13 +46,14 @@ def llama(seed=0):
 
 def gpt2(seed=0):
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32,
+                                      pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
 
 
 def t5(seed=0):
     torch.manual_seed(seed)
-    return T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2, decoder_start_token_id=0,
-                                               pad_token_id=0, eos_token_id=1)).eval()
+    return T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2,
+                                               decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)).eval()
 
 
 IDS = torch.arange(3, 33).view(3, 10)
@@ -63,14 +65,16 @@ CASES = dict(
     t5=(t5, ["q", "v", "wo"], lambda m: m(input_ids=IDS, decoder_input_ids=IDS).logits))
 
 
-def config(targets=("up",), **kw): return StanConfig(**dict(num_latents=8, k=2, target_modules=list(targets) if isinstance(targets, tuple) else targets) | kw)
+def config(targets=("up",), **kw):
+    targets = list(targets) if isinstance(targets, tuple) else targets
+    return StanConfig(**dict(num_latents=8, k=2, target_modules=targets) | kw)
 
 
 @pytest.fixture(params=CASES)
 def case(request): return CASES[request.param]
 
 
-# -- every architecture --------------------------------------------------------------------------------------------------------------------------
+# -- every architecture -----------------------------------------------------------------------------
 
 @torch.no_grad()   # T5's attention bias would need a gradient in the frozen model only, and attention then takes another kernel
 def test_starts_as_the_frozen_model_and_disables_to_it(case):
@@ -84,7 +88,8 @@ def test_starts_as_the_frozen_model_and_disables_to_it(case):
     assert torch.equal(run(model.unload()), frozen)
 
 
-@pytest.mark.parametrize("options", [{}, dict(select="relu", encoder_bias=True), dict(select="value", latents_pattern={"(up|query|q_proj|c_attn|q)": 12})])
+@pytest.mark.parametrize("options", [
+    {}, dict(select="relu", encoder_bias=True), dict(select="value", latents_pattern={"(up|query|q_proj|c_attn|q)": 12})])
 def test_trains_saves_and_loads_bit_exactly(case, tmp_path, options):
     make, targets, run = case
     model = get_peft_model(make(), config(targets, stan_dropout=.1, **options))
@@ -111,7 +116,8 @@ def test_a_lora_becomes_the_same_stan(case, tmp_path, rslora):
     make, targets, run = case
     torch.manual_seed(1)
     patterns = {} if targets == "all-linear" else dict(rank_pattern={targets[0]: 6}, alpha_pattern={targets[-1]: 5})
-    lora = get_peft_model(make(), LoraConfig(r=4, lora_alpha=3, use_rslora=rslora, init_lora_weights=False, target_modules=targets, **patterns)).eval()
+    plain = dict(r=4, lora_alpha=3, init_lora_weights=False, target_modules=targets)
+    lora = get_peft_model(make(), LoraConfig(use_rslora=rslora, **plain, **patterns)).eval()
     lora.save_pretrained(tmp_path/"lora")
     from_lora(tmp_path/"lora", tmp_path/"stan")
     model = load_adapter(make(), tmp_path/"stan")
@@ -154,7 +160,7 @@ def test_mixed_batch_with_beams(make):
     for i, name in enumerate(["one", "two", "one"]): assert torch.equal(mixed[i, :width], alone[name][i, :width])
 
 
-# -- several adapters, and what belongs to an adapter ----------------------------------------------------------------------------------------------
+# -- several adapters, and what belongs to an adapter -----------------------------------------------
 
 def test_adapters_switch_add_up_and_are_deleted(tmp_path):
     run = CASES["mlp"][2]
@@ -187,11 +193,15 @@ def test_modules_to_save(tmp_path):
     save_file({n: t for n, t in state.items() if not n.endswith("classifier.weight")}, tmp_path/"adapter_model.safetensors")
     with pytest.raises(ValueError, match="misses classifier.weight"): load_adapter(bert(), tmp_path)
     save_file(state, tmp_path/"adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"classifier.weight has shape \(2, 16\), this model's is \(5, 16\)"): load_adapter(bert(num_labels=5), tmp_path)
+    with pytest.raises(ValueError, match=r"classifier.weight has shape \(2, 16\), this model's is \(5, 16\)"):
+        load_adapter(bert(num_labels=5), tmp_path)
+
+
+def adapted_names(model): return {n for n, m in model.base_model.model.named_modules() if isinstance(m, StanLayer)}
 
 
 def test_where_it_goes():
-    def names(**kw): return {n for n, m in get_peft_model(llama(), StanConfig(**kw)).base_model.model.named_modules() if isinstance(m, StanLayer)}
+    def names(**kw): return adapted_names(get_peft_model(llama(), StanConfig(**kw)))
     linear = {n for n, m in llama().named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
     assert names(target_modules="all-linear") == linear
     assert names(target_modules="all-linear", exclude_modules=["q_proj"]) == {n for n in linear if not n.endswith("q_proj")}
@@ -206,7 +216,8 @@ def test_patterns():
                                            alpha_pattern={"^model.layers.1.self_attn.v_proj": 2}))
     got = {n: m.stan_sae["default"] for n, m in model.base_model.model.named_modules() if isinstance(m, StanLayer)}
     assert {(n[13:14], n[-6:], a.num_latents, a.k, a.alpha) for n, a in got.items()} == {
-        ("0", "q_proj", 16, 4, 16.), ("0", "v_proj", 8, 2, 16.), ("1", "q_proj", 8, 4, 16.), ("1", "v_proj", 8, 2, 2.), ("2", "q_proj", 8, 4, 16.), ("2", "v_proj", 8, 2, 16.)}
+        ("0", "q_proj", 16, 4, 16.), ("1", "q_proj", 8, 4, 16.), ("2", "q_proj", 8, 4, 16.),
+        ("0", "v_proj", 8, 2, 16.), ("1", "v_proj", 8, 2, 2.), ("2", "v_proj", 8, 2, 16.)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -217,7 +228,8 @@ def test_dtypes(dtype):
     assert adapter.encoder.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and model(x).dtype == dtype
     model = get_peft_model(mlp().to(dtype), config(init_weights=False), autocast_adapter_dtype=False)
     assert model.base_model.model.up.stan_sae["default"].encoder.dtype == dtype and model(x).dtype == dtype
-    with torch.autocast("cpu", dtype=torch.bfloat16): assert get_peft_model(mlp(), config(init_weights=False))(torch.randn(3, 10)).dtype == torch.bfloat16
+    model = get_peft_model(mlp(), config(init_weights=False))
+    with torch.autocast("cpu", dtype=torch.bfloat16): assert model(torch.randn(3, 10)).dtype == torch.bfloat16
 
 
 def test_hooks_work_in_a_peft_model():
@@ -252,11 +264,11 @@ def test_gradient_checkpointing(reentrant):
 def test_trainer_resumes_to_the_same_weights(tmp_path):
     data = [dict(input_ids=[3 + (7*i + j) % 40 for j in range(8)], labels=i % 2) for i in range(16)]
 
-    def train(where, resume=None, until=8):
+    def train(where, resume=None):
         torch.manual_seed(0)
         model = get_peft_model(bert(), config(["query", "value"], task_type="SEQ_CLS", stan_dropout=.1))
-        args = TrainingArguments(where, per_device_train_batch_size=4, max_steps=8, save_steps=4, learning_rate=1e-2, report_to=[], use_cpu=True, seed=0,
-                                 disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False)
+        args = TrainingArguments(where, per_device_train_batch_size=4, max_steps=8, save_steps=4, learning_rate=1e-2, report_to=[],
+                                 use_cpu=True, seed=0, disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False)
         trainer = Trainer(model, args, train_dataset=data)
         trainer.train(resume_from_checkpoint=resume)
         return get_peft_model_state_dict(model)
@@ -265,7 +277,7 @@ def test_trainer_resumes_to_the_same_weights(tmp_path):
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[n], resumed[n]) for n in whole)
 
 
-# -- other libraries' ways in ------------------------------------------------------------------------------------------------------------------------
+# -- other libraries' ways in -----------------------------------------------------------------------
 
 def test_transformers_add_save_load(tmp_path):
     run = CASES["bert"][2]
@@ -288,9 +300,11 @@ def test_transformers_add_save_load(tmp_path):
 def test_diffusers_adapters_and_scales():
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    model = diffusers.SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4, pos_embed_max_size=8).eval()
-    inputs = dict(hidden_states=torch.randn(1, 4, 8, 8), encoder_hidden_states=torch.randn(1, 3, 16), pooled_projections=torch.randn(1, 16), timestep=torch.tensor([5]))
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8).eval()
+    inputs = dict(hidden_states=torch.randn(1, 4, 8, 8), encoder_hidden_states=torch.randn(1, 3, 16),
+                  pooled_projections=torch.randn(1, 16), timestep=torch.tensor([5]))
 
     @torch.no_grad()
     def run(**kw): return model(**inputs, **kw).sample
@@ -319,7 +333,7 @@ def test_low_level_injection():
     assert {n for n, m in other.named_modules() if isinstance(m, StanLayer)} == {"up"}
 
 
-# -- refusals: nothing may change ----------------------------------------------------------------------------------------------------------------------
+# -- refusals: nothing may change -------------------------------------------------------------------
 
 def same_modules(a, b): return [(n, type(m)) for n, m in a.named_modules()] == [(n, type(m)) for n, m in b.named_modules()]
 
@@ -327,27 +341,34 @@ def same_modules(a, b): return [(n, type(m)) for n, m in a.named_modules()] == [
 def test_merge_is_refused_before_anything_happens():
     model = get_peft_model(mlp(), config(init_weights=False))
     before = copy.deepcopy(model.state_dict())
-    for merge in (model.merge_and_unload, model.merge_adapter, lambda: model.merge_and_unload(safe_merge=True), model.base_model.model.up.merge,
-                  lambda: model.base_model.model.up.get_delta_weight("default")):
+    layer = model.base_model.model.up
+    for merge in (model.merge_and_unload, model.merge_adapter, lambda: model.merge_and_unload(safe_merge=True), layer.merge,
+                  lambda: layer.get_delta_weight("default")):
         with pytest.raises(ValueError, match="cannot be merged"): merge()
     model.unmerge_adapter()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(num_latents=0), "num_latents must be a whole number >= 1, got 0"), (dict(k=0), "k must be a whole number >= 1"), (dict(k=9), r"1\.\.8 \(num_latents\), got 9"),
-    (dict(k=2.5), "whole number"), (dict(k=True), "whole number"), (dict(num_latents="8"), "whole number"), (dict(alpha=0), "alpha must be a finite number > 0"),
-    (dict(alpha=float("nan")), "got nan"), (dict(alpha=float("inf")), "got inf"), (dict(alpha=None), "got None"), (dict(stan_dropout=1.), "stan_dropout < 1"), (dict(stan_dropout=-.1), "stan_dropout"),
-    (dict(stan_dropout=float("nan")), "stan_dropout"), (dict(select="max"), "select must be one of"), (dict(k_pattern={"up": 0}), r"k_pattern\['up'\]"), (dict(k_pattern=[2]), "k_pattern must be a dict"),
-    (dict(latents_pattern={"(": 2}), "regular expression"), (dict(alpha_pattern={"up": float("nan")}), "alpha_pattern"), (dict(k_pattern={"up": 9}), "k_pattern"),
-    (dict(target_modules="up", layers_to_transform=[0]), "layers_to_transform"), (dict(layers_pattern="layers"), "layers_pattern"), (dict(task_type="POETRY"), "Invalid task type")])
+    (dict(num_latents=0), "num_latents must be a whole number >= 1, got 0"), (dict(num_latents="8"), "whole number"),
+    (dict(k=0), "k must be a whole number >= 1"), (dict(k=9), r"1\.\.8 \(num_latents\), got 9"), (dict(k=2.5), "whole number"),
+    (dict(k=True), "whole number"), (dict(alpha=0), "alpha must be a finite number > 0"), (dict(alpha=float("nan")), "got nan"),
+    (dict(alpha=float("inf")), "got inf"), (dict(alpha=None), "got None"), (dict(stan_dropout=1.), "stan_dropout < 1"),
+    (dict(stan_dropout=-.1), "stan_dropout"), (dict(stan_dropout=float("nan")), "stan_dropout"),
+    (dict(select="max"), "select must be one of"), (dict(k_pattern={"up": 0}), r"k_pattern\['up'\]"),
+    (dict(k_pattern={"up": 9}), "k_pattern"), (dict(k_pattern=[2]), "k_pattern must be a dict"),
+    (dict(latents_pattern={"(": 2}), "regular expression"), (dict(alpha_pattern={"up": float("nan")}), "alpha_pattern"),
+    (dict(target_modules="up", layers_to_transform=[0]), "layers_to_transform"), (dict(layers_pattern="layers"), "layers_pattern"),
+    (dict(task_type="POETRY"), "Invalid task type")])
 def test_bad_options(bad, message):
     with pytest.raises((ValueError, TypeError), match=message): StanConfig(**dict(num_latents=8, k=2) | bad)
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(target_modules=["upp"]), r"not found in the base model.*Near names: up\."), (dict(target_modules="u.."), "Near names: down, up"),
-    (dict(target_modules=["up", "down"], latents_pattern={"down": 1}), "down: k must be in 1..1"), (dict(target_modules=None), "specify `target_modules`"),
+    (dict(target_modules=["upp"]), r"not found in the base model.*Near names: up\."),
+    (dict(target_modules="u.."), "Near names: down, up"),
+    (dict(target_modules=["up", "down"], latents_pattern={"down": 1}), "down: k must be in 1..1"),
+    (dict(target_modules=None), "specify `target_modules`"),
     (dict(target_modules=["up"], exclude_modules=["up"]), "excluded")])
 def test_bad_targets(bad, message):
     model = mlp()
@@ -368,11 +389,12 @@ def test_modules_that_cannot_be_adapted():
         def __init__(self):
             super().__init__()
             self.first, self.mha, self.emb, self.conv = nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Embedding(4, 4), nn.Conv1d(4, 4, 1)
-    for target, why in dict(out_proj="reads its weight without calling it", mha="got MultiheadAttention", emb="got Embedding", conv="got Conv1d").items():
+    refused = dict(out_proj="reads its weight without calling it", mha="got MultiheadAttention", emb="got Embedding", conv="got Conv1d")
+    for target, why in refused.items():
         model = Odd()
         with pytest.raises(ValueError, match=why): get_peft_model(model, StanConfig(target_modules=["first", target]))
         assert same_modules(model, Odd())
-    assert {n for n, m in get_peft_model(Odd(), StanConfig(target_modules="all-linear")).base_model.model.named_modules() if isinstance(m, StanLayer)} == {"first"}
+    assert adapted_names(get_peft_model(Odd(), StanConfig(target_modules="all-linear"))) == {"first"}
 
 
 def test_the_fused_path_of_torch_s_encoder_is_switched_off():
@@ -402,14 +424,17 @@ def damage(folder, kind):
     elif kind == "empty": file.write_bytes(b"")
     elif kind == "config": (folder/"adapter_config.json").write_text('{"peft_type": "STAN", ')
     elif kind == "no file": file.unlink()
-    else: save_file({"shape": state | {name: state[name][:4].clone()}, "wide": state | {name: torch.zeros(8, 99)}, "nan": state | {name: state[name] * float("nan")},
-                     "inf": state | {name: state[name] / 0}, "tensor": {n: t for n, t in state.items() if n != name},
-                     "layer": {n: t for n, t in state.items() if "layer.1" not in n}, "stranger": state | {name.replace("layer.0", "layer.7"): state[name].clone()},
-                     "none": {"other": state[name]}}[kind], file)
+    else: save_file(dict(
+        shape=state | {name: state[name][:4].clone()}, wide=state | {name: torch.zeros(8, 99)},
+        nan=state | {name: state[name] * float("nan")}, inf=state | {name: state[name] / 0},
+        tensor={n: t for n, t in state.items() if n != name}, layer={n: t for n, t in state.items() if "layer.1" not in n},
+        stranger=state | {name.replace("layer.0", "layer.7"): state[name].clone()}, none={"other": state[name]})[kind], file)
 
 
-@pytest.mark.parametrize("kind, message", dict(truncated="truncated or damaged", empty="truncated or damaged", shape="expected 8 rows", wide="99 features", nan="NaN or inf", inf="NaN or inf",
-                                               tensor="holds encoder; expected", layer="misses the tensors of 2 layers", stranger="holds decoder; expected", none="no STAN tensors").items())
+@pytest.mark.parametrize("kind, message", dict(
+    truncated="truncated or damaged", empty="truncated or damaged", shape="expected 8 rows", wide="99 features", nan="NaN or inf",
+    inf="NaN or inf", tensor="holds encoder; expected", layer="misses the tensors of 2 layers", stranger="holds decoder; expected",
+    none="no STAN tensors").items())
 def test_damaged_folders(folder, kind, message):
     damage(folder, kind)
     for load in (load_adapter, PeftModel.from_pretrained):
@@ -438,7 +463,9 @@ def test_incomplete_folders(folder, tmp_path):
     with pytest.raises(ValueError, match="a LORA adapter, expected STAN"): load_adapter(bert(), folder)
 
 
-@pytest.mark.parametrize("other, message", [(dict(hidden_size=32), "of another base model"), (dict(num_hidden_layers=3), "misses the tensors of 2 layers"), (dict(num_hidden_layers=1), "this model does not adapt")])
+@pytest.mark.parametrize("other, message", [
+    (dict(hidden_size=32), "of another base model"), (dict(num_hidden_layers=3), "misses the tensors of 2 layers"),
+    (dict(num_hidden_layers=1), "this model does not adapt")])
 def test_another_base_model(folder, other, message):
     for load in (load_adapter, PeftModel.from_pretrained, lambda *a: PeftModel.from_pretrained(*a, is_trainable=True)):
         model = bert(**other)
@@ -462,16 +489,18 @@ def test_loading_over_a_live_adapter_is_checked_first(folder):
     model = get_peft_model(bert(), config(["query", "value"], init_weights=False))
     before = copy.deepcopy(model.state_dict())
     state = load_file(folder/"adapter_model.safetensors")
-    for bad in ({n: t * float("nan") for n, t in state.items()}, dict(list(state.items())[:-1]), {n: t[:4].clone() for n, t in state.items()}):
+    poisoned, halved = {n: t * float("nan") for n, t in state.items()}, {n: t[:4].clone() for n, t in state.items()}
+    for bad in (poisoned, halved, dict(list(state.items())[:-1])):
         with pytest.raises(ValueError): set_peft_model_state_dict(model, bad)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     set_peft_model_state_dict(model, state)
 
 
-# -- LoRA, k, configs ---------------------------------------------------------------------------------------------------------------------------------
+# -- LoRA, k, configs -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options, message", [(dict(use_dora=True), "use_dora"), (dict(bias="all"), "bias='all'"), (dict(lora_bias=True), "lora_bias"),
-                                              (dict(init_lora_weights="pissa"), "changed the base weights"), (dict(init_lora_weights="olora"), "changed the base weights")])
+@pytest.mark.parametrize("options, message", [
+    (dict(use_dora=True), "use_dora"), (dict(bias="all"), "bias='all'"), (dict(lora_bias=True), "lora_bias"),
+    (dict(init_lora_weights="pissa"), "changed the base weights"), (dict(init_lora_weights="olora"), "changed the base weights")])
 def test_loras_that_are_more_than_lora(tmp_path, options, message):
     get_peft_model(mlp(), LoraConfig(r=2, target_modules=["up"], **options)).save_pretrained(tmp_path/"lora")
     with pytest.raises(ValueError, match=message): from_lora(tmp_path/"lora", tmp_path/"stan")
@@ -486,7 +515,8 @@ def test_other_adapters_are_no_lora(tmp_path):
     with pytest.raises(FileNotFoundError): from_lora(tmp_path/"nowhere")
 
 
-@pytest.mark.parametrize("kind, message", dict(truncated="truncated", nan="NaN or inf", inf="NaN or inf", tensor="no matching pair", shape="no matching pair").items())
+@pytest.mark.parametrize("kind, message", dict(
+    truncated="truncated", nan="NaN or inf", inf="NaN or inf", tensor="no matching pair", shape="no matching pair").items())
 def test_damaged_loras(tmp_path, kind, message):
     get_peft_model(bert(), LoraConfig(r=8, target_modules=["query", "value"], init_lora_weights=False)).save_pretrained(tmp_path)
     damage(tmp_path, kind)
@@ -504,7 +534,8 @@ def test_lora_with_a_trained_head(tmp_path):
 
 def test_set_k(tmp_path):
     run = CASES["mlp"][2]
-    model = get_peft_model(mlp(), config(("up", "down"), k=6, alpha=12, latents_pattern={"up": 16}, k_pattern={"up": 12}, init_weights=False))
+    options = dict(k=6, alpha=12, latents_pattern={"up": 16}, k_pattern={"up": 12}, init_weights=False)
+    model = get_peft_model(mlp(), config(("up", "down"), **options))
     set_k(model, 3)
     adapters = [m.stan_sae["default"] for m in model.modules() if isinstance(m, StanLayer)]
     assert [(a.k, round(a.scaling, 6)) for a in adapters] == [(3, 1.), (3, 2.)]        # up was 12/12, down 12/6
@@ -544,5 +575,5 @@ def test_running_the_cell_again_is_safe():
 
 def give_back():
     "PEFT's tables and the module get back the classes this file imported."
-    for table, value in ((stan_peft.PEFT_TYPE_TO_CONFIG_MAPPING, StanConfig), (stan_peft.PEFT_TYPE_TO_TUNER_MAPPING, StanModel)): table[stan_peft.STAN] = value
+    stan_peft.PEFT_TYPE_TO_CONFIG_MAPPING[stan_peft.STAN], stan_peft.PEFT_TYPE_TO_TUNER_MAPPING[stan_peft.STAN] = StanConfig, StanModel
     stan_peft.StanConfig, stan_peft.StanModel, stan_peft.StanLayer = StanConfig, StanModel, StanLayer
