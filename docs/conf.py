@@ -10,6 +10,7 @@ exclude_patterns = ["_*", "**/.ipynb_checkpoints", "llms.txt"]
 root_doc = "index"
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
+nb_render_markdown_format = "gfm"   # tables in outputs
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
 html_theme = "sphinx_book_theme"
@@ -25,6 +26,7 @@ def readable(app, name, text):
     for cell in nb["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and re.search(r"^#\|\s*(hide|default_exp)\b", source, re.M): continue
+        if re.search(r"^#\|\s*echo:\s*false", source, re.M): cell["metadata"]["tags"] = ["remove-input"]
         cell["source"] = re.sub(r"^#\|.*\n?", "", source, flags=re.M).replace("{{repository}}", about["urls"]["Repository"])
         kept.append(cell)
     if name == "index":

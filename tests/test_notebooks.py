@@ -1,5 +1,5 @@
 "Notebooks are the source: the modules are their exact export, they are stored clean, and they keep the course's measures."
-import ast, re, shutil, subprocess, sys
+import ast, re, shutil, subprocess, sys, tomllib
 from pathlib import Path
 
 import pytest
@@ -68,3 +68,18 @@ def test_imports_have_cells_of_their_own(path):
         kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in body}
         if any(l.strip().replace(" ", "") == "#|eval:false" for l in source(c).splitlines()): continue
         assert len(kinds) < 2, f"cell {c['id']} mixes imports with other code"
+
+
+def test_readme_is_in_sync():
+    done = subprocess.run([sys.executable, ROOT / "docs" / "readme.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_repository_address_is_stated_once():
+    "In pyproject.toml; README and the modules' headers are generated from there."
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"].values()
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    generated = ("README.md", "stan_nb/")
+    found = [f for f in files if not f.startswith(generated) and f != "pyproject.toml" and f.endswith((".ipynb", ".py", ".md", ".yml", ".ini", "Makefile"))
+             and any(url in (ROOT / f).read_text(encoding="utf-8") for url in urls)]
+    assert found == []
