@@ -8,11 +8,11 @@ Docs: https://stan-nb.github.io/stan_nb/cli.html.md"""
 __all__ = ['COMMANDS', 'BAD_INPUT', 'QUIET', 'TITLES', 'command', 'build_parser', 'takes_settings', 'positional', 'parse', 'main',
            'one_line', 'complain', 'cmd_settings', 'text_table', 'cmd_train', 'open_model', 'cmd_eval', 'cmd_predict',
            'answers', 'open_runs', 'measured', 'compared', 'spread', 'difference', 'verdict', 'smoothed',
-           'plot_training', 'activity', 'choose_latents', 'top_words', 'latent_parts', 'score_parts', 'training_parts',
-           'origin_parts', 'report', 'cmd_report', 'cmd_demo', 'cmd_assets']
+           'plot_training', 'activity', 'by_word', 'choose_latents', 'top_words', 'word_parts', 'latent_parts',
+           'score_parts', 'training_parts', 'origin_parts', 'report', 'cmd_report', 'cmd_demo', 'cmd_assets']
 
 # %% ../nbs/70_cli.ipynb #f36fb8e7
-import inspect, json, os, re, shlex, shutil, statistics, sys
+import inspect, json, os, re, shlex, shutil, statistics, sys, warnings
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -96,6 +96,7 @@ def main(
     argv:list[str]|None=None, # the words after `stan-nb`; None: those of the command line
 )->int:                       # exit code: 0 done, 1 failed, 2 bad input, 130 interrupted
     "Run one command of `stan-nb`."
+    if argv is None and os.environ.get("STAN_DEBUG") != "1": warnings.simplefilter("ignore", FutureWarning)  # other people's plans are no news to a user
     argv = list(sys.argv[1:] if argv is None else argv)
     for name, value in QUIET.items(): os.environ.setdefault(name, value)
     try:
@@ -143,7 +144,8 @@ def closed_pipe():
 
 def overview():
     "What `stan-nb` prints when nothing is asked."
-    rows = [f"  {name:<9} {inspect.getdoc(func).splitlines()[0]}" for name, func in COMMANDS.items()]
+    first = [name for name in ("demo", "train", "eval", "predict", "report") if name in COMMANDS]
+    rows = [f"  {name:<9} {inspect.getdoc(COMMANDS[name]).splitlines()[0]}" for name in dict.fromkeys([*first, *COMMANDS])]
     return "\n".join(["usage: stan-nb COMMAND ...", "", "Sparse adaptation of frozen models: train, evaluate, open up, compare.", "", "commands:", *rows, "",
                       "  stan-nb COMMAND --help says more; STAN_DEBUG=1 shows the traceback of an error."])
 
@@ -404,6 +406,13 @@ def activity(
     return {name: torch.cat(parts) for name, parts in found.items()}, tokens or None
 
 # %% ../nbs/70_cli.ipynb #45863562
+def short_names(names):
+    "Layer names without the beginning that all of them share, and without PEFT's own end."
+    parts = [re.sub(r"\.stan_sae\.\w+$", "", name).split(".") for name in names]
+    shared = min(len(os.path.commonprefix(parts)), *(len(p) - 1 for p in parts)) if len(parts) > 1 else 0
+    if shared and parts[0][shared].isdigit(): shared -= 1
+    return [".".join(p[shared:]) for p in parts]
+
 def token_mask(batch):
     "Which positions hold a token: the attention mask on the CPU, or None where examples are no sequences."
     return batch["attention_mask"].cpu() if "attention_mask" in batch else None
@@ -413,6 +422,24 @@ def token_names(task, batch):
     if hasattr(task, "tokens"): return task.tokens(batch)
     tokenizer = getattr(task, "tokenizer", None)
     return [tokenizer.convert_ids_to_tokens(line) for line in batch["input_ids"].tolist()] if tokenizer and "input_ids" in batch else None
+
+# %% ../nbs/70_cli.ipynb #b3bb3816
+def by_word(
+    found:dict,   # of `activity`
+    tokens:list,  # (example, text) pairs
+)->tuple:         # {layer: (words, num_latents)} and (example, word) pairs
+    "The pieces of each word put together: the largest of their values. Special tokens such as [SEP] stay by themselves."
+    import torch
+    from stan_nb.viz import pieces
+    words, place, former = [], [], None
+    for (example, token), (text, begins) in zip(tokens, pieces([text for _, text in tokens])):
+        special = bool(re.fullmatch(r"\[[A-Z]+\]|</?[a-z]+>", token))
+        if begins or special or former != (example, False): words.append((example, text))
+        else: words[-1] = (example, words[-1][1] + text)
+        place.append(len(words) - 1)
+        former = (example, special)
+    place = torch.tensor(place)[:, None]
+    return {layer: table.new_zeros(len(words), table.shape[1]).scatter_reduce_(0, place.expand_as(table), table, "amax") for layer, table in found.items()}, words
 
 # %% ../nbs/70_cli.ipynb #b4e91092
 def choose_latents(
@@ -443,47 +470,54 @@ def top_words(
     often = {text: mean for text, mean in means.items() if len(seen[text]) > 1}
     return sorted(often if len(often) >= n else means, key=means.get, reverse=True)[:n]
 
+# %% ../nbs/70_cli.ipynb #666d50d2
+CHOICE = Html("<p>These latents were chosen by a rule, not by eye: in each layer the one that writes most when it fires (value × length of its decoder row × scaling), among those "
+              "that fire on 0.5% to 30% of tokens; then the strongest layers. The grids show how much each writes on a word; blank: it does not fire. "
+              "What a latent fires on is a correlation: ablate it before calling it a cause (lesson 12).</p>")
+
+# %% ../nbs/70_cli.ipynb #98f2a7d0
+def word_parts(
+    found:dict,   # of `activity`
+    tokens:list,  # (example, text) pairs
+    shown:int=3,  # examples whose words are shown, spread over all
+    most:int=40,  # words of an example
+)->list:          # parts of a page
+    "The chosen latents, the words they write most on, and a grid of latents by words for a few examples."
+    from stan_nb.viz import latent_grid
+    chosen, names, letters = choose_latents(found), dict(zip(found, short_names(found))), "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    if not chosen: return ["No latent fires on 0.5% to 30% of the tokens, so none is shown."]
+    found, words = by_word(found, tokens)
+    columns = {letter: found[layer][:, latent] for letter, (layer, latent, *_) in zip(letters, chosen)}
+    rows = [{"": letter, "latent": f"#{latent} of {names[layer]}", "fires on": f"{fires:.1%} of tokens", "writes": f"{strength:.2f}",
+             "most on the words": " · ".join(top_words(columns[letter], words))} for letter, (layer, latent, fires, strength) in zip(letters, chosen)]
+    parts, last = [CHOICE, table_html(rows)], words[-1][0]
+    for example in dict.fromkeys(last * i // shown for i in range(shown)):
+        where = [i for i, (number, _) in enumerate(words) if number == example][:most]
+        parts.append(latent_grid([words[i][1] for i in where], {letter: column[where] for letter, column in columns.items()}, title=f"validation example {example + 1}"))
+    return parts
+
 # %% ../nbs/70_cli.ipynb #16a79796
 def latent_parts(
     run,         # a Run with latents
     examples:int=64, # of the validation split, to count on
-    shown:int=3, # examples whose words are shown
 )->list:         # parts of a page
-    "Density of all latents, and which latents fire on which word. The validation split is used: test is for scores."
-    from stan_nb.viz import latent_grid, plot_density
+    "Density of all latents, and which of them fire on which word. The validation split is used: test is for scores."
+    from stan_nb.viz import plot_density
     task, model = open_model(run.path)
     rows = task.load_data()["valid"]
     found, tokens = activity(task, model, [rows[i] for i in range(min(examples, len(rows)))])
-    names = dict(zip(found, short_names(found)))
     density = [float(d) for table in found.values() for d in (table > 0).float().mean(0)]
     dead, k = sum(d == 0 for d in density), run.info["chosen"]["k"]
     counted = f"{sum(map(len, found.values())) // max(1, len(found)):,} {'tokens' if tokens else 'examples'}"
     intro = (f"From {run.path.name}, over {counted} of the validation split: {len(density):,} latents in {len(found)} layers, at most {k} of a layer at a time; "
              f"{dead:,} never fired. A density is the fraction of {'tokens' if tokens else 'examples'} on which a latent fires.")
-    ax = plot_density(density, title="How often latents fire")
+    ax = plot_density(density, expected=k / (len(density) / len(found)), title="How often latents fire")
     ax.set(ylabel=f"fraction of {'tokens' if tokens else 'examples'}")
     parts = [intro, drawn(ax, f"Latents sorted by density on a logarithmic scale, from {max(density):.2g} down to {min((d for d in density if d), default=0):.2g}; "
                               f"{dead} of {len(density)} never fire.")]
-    if not tokens: return parts + ["The inputs of this task are no sequences of words, so there is no word to shade."]
-    chosen = choose_latents(found)
-    parts += [CHOICE, table_html([{"latent": f"{names[layer]} #{latent}", "fires on": f"{fires:.1%} of tokens", "writes": f"{strength:.2f}",
-                                   "most on the words": " · ".join(top_words(found[layer][:, latent], tokens))} for layer, latent, fires, strength in chosen])]
-    for example in range(min(shown, tokens[-1][0] + 1)):
-        where = [i for i, (number, _) in enumerate(tokens) if number == example][:48]
-        grid = {f"{names[layer]} #{latent}": found[layer][where, latent] for layer, latent, *_ in chosen}
-        if grid: parts.append(latent_grid([tokens[i][1] for i in where], grid, title=f"validation example {example + 1}"))
-    return parts
+    return parts + (word_parts(found, tokens) if tokens else ["The inputs of this task are no sequences of words, so there is no word to shade."])
 
 # %% ../nbs/70_cli.ipynb #124ddf25
-CHOICE = Html("<p>The latents below were chosen by a rule, not by eye: in each layer the one that writes most when it fires (value × length of its decoder row × scaling), among those "
-              "that fire on 0.5% to 30% of tokens; then the strongest layers. What a latent fires on is a correlation: ablate it before calling it a cause (lesson 12).</p>")
-
-def short_names(names):
-    "Layer names without the beginning that all of them share."
-    parts = [name.split(".") for name in names]
-    shared = len(os.path.commonprefix(parts)) if len(parts) > 1 else 0
-    return [".".join(p[min(shared, len(p) - 1):]) for p in parts]
-
 def drawn(ax, alt, caption=""):
     "An Axes as part of a page; the figure is closed."
     import matplotlib.pyplot as plt
@@ -558,7 +592,8 @@ def report(
     if opened: sections.append(("Which latents fire, and on what", latent_parts(opened)))
     sections.append(("Where the numbers come from", origin_parts(runs, rows)))
     seeds = len({row["seed"] for row in rows})
-    lead = f"{len(runs)} runs: {', '.join(dict.fromkeys(row['variant'] for row in rows))}; {seeds} seed{'s' * (seeds > 1)}."
+    backbone = runs[0].info["settings"]["backbone"]
+    lead = f"{backbone}{': ' if backbone else ''}{len(runs)} runs: {', '.join(dict.fromkeys(row['variant'] for row in rows))}; {seeds} seed{'s' * (seeds > 1)}."
     return atomic_write(out, page(title or f"Adapting a frozen model to {runs[0].info['task']}", sections, lead))
 
 @command
@@ -585,15 +620,16 @@ def cmd_demo(
     "Adapt a pretrained model with LoRA and with STAN at the same budget; compare them."
     if seeds < 1: raise ValueError(f"seeds = {seeds} is out of range: allowed is [1, inf)")
     if resume and overwrite: raise ValueError("choose one of --resume and --overwrite")
-    plan = {Path(out)/f"{method}-{seed}": settings(modality, scale, **overrides, method=method, seed=seed) for method in methods.split(",") for seed in range(seeds)}
+    plan = {Path(out)/f"{method}-{seed}": settings(modality, scale, **overrides, method=method, seed=seed) for seed in range(seeds) for method in methods.split(",")}
     ready(plan, overwrite)
     from stan_nb.train import train_run
     for path, wanted in plan.items():
-        if (path/"run.json").exists() and "result" in Run.open(path).info: print(f"{path}: finished before, reused")
+        if (path/"run.json").exists() and "result" in Run.open(path).info: print(f"{path}: finished before, reused", flush=True)
         else: train_run(wanted, path, resume=True)
-    rows = measured(open_runs(plan))
+    runs = open_runs(sorted(plan, key=lambda path: methods.split(",").index(plan[path].method)))
+    rows = measured(runs)
     print(f"\n{text_table(compared(rows))}\n\n" + "\n".join(verdict(rows)))
-    report(plan, Path(out)/"report.html")
+    report([run.path for run in runs], Path(out)/"report.html")
     print(f"\nadapters: {out}/*/adapter\nreport:   {Path(out)/'report.html'}")
 
 cmd_demo.fixed = ("method", "seed")
