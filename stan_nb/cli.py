@@ -121,7 +121,7 @@ def one_line(
     "An exception as one line; the type is named where the message alone would not say what happened."
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.split())
-    if isinstance(error, (ValueError, OSError)) and text: return text
+    if isinstance(error, (ValueError, OSError, FloatingPointError)) and text: return text
     return f"{type(error).__name__}: {text or 'no message'} (STAN_DEBUG=1 shows where)"
 
 def complain(text, code):
@@ -585,6 +585,7 @@ def report(
     title:str="",     # heading; empty: made of the data's name
 )->Path:              # the file
     "One self-contained HTML file that compares runs. Raises like `open_runs`, before anything is written."
+    if Path(out).is_dir(): raise IsADirectoryError(f"{out} is a folder: name a file, e.g. {Path(out)/'report.html'}")
     runs = open_runs(paths)
     rows = measured(runs)
     opened = next((run for run in runs if "num_latents" in (run.info.get("chosen") or {})), None)
@@ -603,7 +604,8 @@ def cmd_report(
     title:str="",             # its heading
 ):
     "Compare runs in one HTML file."
-    print(report(runs, out, title))
+    report(runs, out, title)
+    print(out)
 
 # %% ../nbs/70_cli.ipynb #06363d08
 @command

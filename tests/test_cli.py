@@ -218,6 +218,19 @@ def test_report_refuses_other_data_and_unfinished_runs(capsys, trained, tmp_path
     assert not Path("r.html").exists()
 
 
+def test_report_of_one_run_without_latents(trained, tmp_path, capsys):
+    assert "is a folder: name a file" in fails(capsys, "report", trained, "--out", tmp_path)
+    assert main(["report", str(trained/"head-1"), "--out", "one.html"]) == 0
+    page = Path("one.html").read_text()
+    assert capsys.readouterr().out == "one.html\n" and "Which latents" not in page and "minus" not in page
+
+
+def test_a_diverging_run_is_one_line(capsys, tmp_path):
+    assert main(["train", *QUICK, "--lr", "1e30", "--clip", "0", "--out", "run"]) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("stan-nb: the loss is") and "learning rate" in err and "Traceback" not in err
+
+
 def test_variants_are_told_apart(trained, tmp_path):
     assert main(["train", *QUICK, "--method", "lora", "--lr", "3e-3", "--out", "lora-slow"]) == 0
     rows = measured(open_runs([trained, "lora-slow"]))
