@@ -562,6 +562,8 @@ def test_running_the_cell_again_is_safe():
     "A second definition of the classes takes over everywhere; the first one's modules keep working."
     old = get_peft_model(mlp(), config(init_weights=False))
     before = CASES["mlp"][2](old)
+    tables = [stan_peft, *(getattr(stan_peft, name) for name in vars(stan_peft) if name.startswith("PEFT_TYPE_TO_"))]
+    kept = [dict(vars(table) if table is stan_peft else table) for table in tables]
     try:
         new = importlib.reload(stan_peft)
         model = get_peft_model(mlp(), new.StanConfig(num_latents=8, k=2, target_modules=["up"], init_weights=False))
@@ -570,10 +572,5 @@ def test_running_the_cell_again_is_safe():
         model.set_adapter("two")
         assert model.base_model.model.up.active_adapters == ["two"]
         assert torch.equal(CASES["mlp"][2](old), before)
-    finally: give_back()
-
-
-def give_back():
-    "PEFT's tables and the module get back the classes this file imported."
-    stan_peft.PEFT_TYPE_TO_CONFIG_MAPPING[stan_peft.STAN], stan_peft.PEFT_TYPE_TO_TUNER_MAPPING[stan_peft.STAN] = StanConfig, StanModel
-    stan_peft.StanConfig, stan_peft.StanModel, stan_peft.StanLayer = StanConfig, StanModel, StanLayer
+    finally:                                     # module and tables get back what this file and others imported from them
+        for table, former in zip(tables, kept): (vars(table) if table is stan_peft else table).update(former)
