@@ -6,10 +6,10 @@ Docs: https://stan-nb.github.io/stan_nb/cli.html.md"""
 
 # %% auto #0
 __all__ = ['COMMANDS', 'BAD_INPUT', 'QUIET', 'TITLES', 'command', 'build_parser', 'takes_settings', 'positional', 'parse', 'main',
-           'one_line', 'complain', 'cmd_settings', 'text_table', 'cmd_train', 'open_model', 'cmd_eval', 'cmd_predict',
-           'answers', 'open_runs', 'measured', 'compared', 'spread', 'difference', 'verdict', 'smoothed',
-           'plot_training', 'activity', 'by_word', 'choose_latents', 'top_words', 'word_parts', 'latent_parts',
-           'score_parts', 'training_parts', 'origin_parts', 'report', 'cmd_report', 'cmd_demo', 'cmd_assets']
+           'one_line', 'complain', 'cmd_settings', 'cmd_train', 'open_model', 'cmd_eval', 'cmd_predict', 'answers',
+           'open_runs', 'measured', 'compared', 'spread', 'difference', 'verdict', 'smoothed', 'plot_training',
+           'activity', 'by_word', 'choose_latents', 'top_words', 'word_parts', 'latent_parts', 'score_parts',
+           'training_parts', 'origin_parts', 'report', 'cmd_report', 'cmd_demo', 'cmd_assets']
 
 # %% ../nbs/70_cli.ipynb #f36fb8e7
 import inspect, json, os, re, shlex, shutil, statistics, sys, warnings
@@ -21,8 +21,8 @@ from fastcore.script import anno_parser
 
 # %% ../nbs/70_cli.ipynb #c63773e8
 from . import __version__
-from .runs import Html, Run, atomic_write, esc, figure_html, page, paired_difference, summarise, table_html
-from .settings import describe, near, sections, settings
+from .runs import Html, Run, atomic_write, command_line, esc, figure_html, page, paired_difference, save_results, summarise, table_html
+from .settings import Table, describe, near, sections, settings
 
 # %% ../nbs/70_cli.ipynb #d419029f
 COMMANDS = {}
@@ -163,20 +163,7 @@ def cmd_settings(
     rows = [dict(setting=key, value=value, allowed=about.get(key, {}).get("allowed", ""), meaning=about.get(key, {}).get("meaning", ""))
             for key, value in found.items() if key != "options"]
     rows += [dict(setting=f"opt.{key}", value=value, allowed="", meaning="a knob of this modality alone") for key, value in found["options"].items()]
-    print(text_table(rows))
-
-# %% ../nbs/70_cli.ipynb #ea711684
-def text_table(
-    rows:list[dict], # the same keys in each
-)->str:              # one line a row, under a line of headings; numbers to the right
-    "Rows as text, columns aligned."
-    if not rows: return "(nothing)"
-    heads = list(rows[0])
-    cells = [heads, *([str(row[head]) for head in heads] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
-    right = [all(isinstance(row[head], (int, float)) for row in rows) for head in heads]
-    lines = ["  ".join(cell.rjust(width) if r else cell.ljust(width) for cell, width, r in zip(line, widths, right)).rstrip() for line in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    print(Table(rows))
 
 # %% ../nbs/70_cli.ipynb #802cdae6
 def said(*words):
@@ -200,7 +187,7 @@ def cmd_train(
     from stan_nb.train import train_run
     path = Path(out or f"runs/{'-'.join(filter(None, [wanted.modality, wanted.task, wanted.method]))}-s{wanted.seed}")
     found = train_run(wanted, path, resume=resume, overwrite=overwrite)
-    print(text_table([{"method": wanted.method, "trainable": f"{found['trainable']:,}", **{f"test {name}": round(value, 4) for name, value in found["test"].items()},
+    print(Table([{"method": wanted.method, "trainable": f"{found['trainable']:,}", **{f"test {name}": round(value, 4) for name, value in found["test"].items()},
                        f"{found['unit']}/s": round(found["tokens_per_s"]), "peak MiB": round(found["peak_mib"])}]))
     print(f"\nkept in {path}; next: stan-nb eval {path}, or stan-nb report {path}")
 
@@ -229,7 +216,7 @@ def cmd_eval(
     task, model = open_model(run, device)
     from stan_nb.task import evaluate
     found = evaluate(task, model, task.load_data()[split])
-    print(text_table([dict(split=split, metric=name, value=round(value, 4)) for name, value in found.items()]))
+    print(Table([dict(split=split, metric=name, value=round(value, 4)) for name, value in found.items()]))
 
 # %% ../nbs/70_cli.ipynb #1cf26dfd
 @command
@@ -244,7 +231,7 @@ def cmd_predict(
     if not hasattr(task, "predict_text"): raise ValueError(f"{run} was trained on {task.name}, which is no text: `stan-nb eval {run}` is what it can do")
     found = answers(task, texts, task.predict_text(model, texts))
     if logits: print("\n".join(json.dumps(row, ensure_ascii=False) for row in found))
-    else: print(text_table([{key: f"{row[key]:.3f}" if isinstance(row[key], float) else row[key] for key in row if key != "logits"} for row in found]))
+    else: print(Table([{key: f"{row[key]:.3f}" if isinstance(row[key], float) else row[key] for key in row if key != "logits"} for row in found]))
 
 def answers(
     task,         # with `labels`, the names of its classes; empty: it gives a score
@@ -630,9 +617,10 @@ def cmd_demo(
         else: train_run(wanted, path, resume=True)
     runs = open_runs(sorted(plan, key=lambda path: methods.split(",").index(plan[path].method)))
     rows = measured(runs)
-    print(f"\n{text_table(compared(rows))}\n\n" + "\n".join(verdict(rows)))
+    print(f"\n{Table(compared(rows))}\n\n" + "\n".join(verdict(rows)))
     report([run.path for run in runs], Path(out)/"report.html")
-    print(f"\nadapters: {out}/*/adapter\nreport:   {Path(out)/'report.html'}")
+    save_results(Path(out)/"results.json", rows, command_line(), list(range(seeds)), {run.info["method"]: run.settings for run in runs}, rows[0]["corpus_hash"])
+    print(f"\nadapters: {out}/*/adapter\nreport:   {Path(out)/'report.html'}\nnumbers:  {Path(out)/'results.json'}")
 
 cmd_demo.fixed = ("method", "seed")
 
@@ -659,10 +647,10 @@ def cmd_assets(
     from stan_nb import assets
     names = names or list(assets.ASSETS)
     for name in names: assets.get_asset(name)
-    if action == "list": print(text_table([row for row in assets.list_assets() if row["asset"] in names]))
+    if action == "list": print(Table(row for row in assets.list_assets() if row["asset"] in names))
     elif action == "fetch":
         for name in names: print(name, assets.fetch(name))
     else:
         rows = [dict(asset=name, **row) for name in names for row in assets.verify(name)]
-        print(text_table(rows))
+        print(Table(rows))
         return int(any(row["state"] != "ok" for row in rows))

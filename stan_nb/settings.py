@@ -235,12 +235,17 @@ class Table(list):
     def _cells(self):
         show = lambda value: " ".join((f"{value:.4g}" if isinstance(value, float) else str(value)).split())
         return [[str(key) for key in self[0]]] + [[show(row[key]) for key in self[0]] for row in self] if self else [["no rows"]]
+    def _right(self): # which columns hold numbers only, and stand to the right
+        return [all(isinstance(row[key], (int, float)) for row in self) for key in self[0]] if self else [False]
     def _repr_markdown_(self):
         head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in self._cells()]
-        return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---" for _ in head], *rows])
+        return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---:" if right else "---" for right in self._right()], *rows])
     def __str__(self):
-        widths = [max(map(len, column)) for column in zip(*self._cells())]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in self._cells())
+        if not self: return "no rows"
+        head, *rows = self._cells()
+        widths = [max(map(len, column)) for column in zip(head, *rows)]
+        lines = [[cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, self._right())] for row in [head, *rows]]
+        return "\n".join("  ".join(line).rstrip() for line in [lines[0], ["-" * width for width in widths], *lines[1:]])
 
 # %% ../nbs/00_settings.ipynb #d3198fd5
 def describe()->Table: # one row a setting: setting, type, allowed, default, meaning

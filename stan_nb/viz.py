@@ -6,11 +6,12 @@ Docs: https://stan-nb.github.io/stan_nb/viz.html.md"""
 
 # %% auto #0
 __all__ = ['INK', 'COLOURS', 'OWN', 'STYLE', 'luminance', 'contrast', 'colour_of', 'set_style', 'styled', 'plot_curves',
-           'plot_seeds', 'plot_density', 'esc', 'Shown', 'pieces', 'token_heatmap', 'latent_grid']
+           'plot_seeds', 'plot_density', 'Shown', 'pieces', 'token_heatmap', 'latent_grid']
 
 # %% ../nbs/03_viz.ipynb #54221822
-import html, math, statistics
+import math, statistics
 from contextlib import contextmanager
+from .runs import esc
 
 # %% ../nbs/03_viz.ipynb #254bff1b
 def luminance(
@@ -151,12 +152,6 @@ def plot_density(
     return ax
 
 # %% ../nbs/03_viz.ipynb #3801c6b5
-def esc(
-    value, # anything
-)->str:    # safe between tags and in quoted attributes
-    "Escape for HTML: tokens come from strangers."
-    return html.escape(str(value), quote=True)
-
 class Shown:
     "HTML with its twin in plain text: notebooks show the one, terminals and screen readers the other."
     def __init__(self, markup, text): self.markup, self.text = markup, text

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stan_nb.cli import COMMANDS, difference, in_words, main, measured, open_runs, report, text_table, verdict
-from stan_nb.runs import Run
+from stan_nb.cli import COMMANDS, compared, difference, in_words, main, measured, open_runs, report, verdict
+from stan_nb.runs import Run, load_results
 
 PROGRAM = [sys.executable, "-c", "import sys; from stan_nb.cli import main; sys.exit(main())"]
 QUICK = ["toy", "--epochs", "1", "--train-size", "256", "--test-size", "64", "--device", "cpu"]
@@ -39,6 +39,12 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path): return Path(shutil.copytree(trained/"stan-0", tmp_path/"run"))
+
+
+def test_the_demo_leaves_its_numbers(trained):
+    found = load_results(trained/"results.json")
+    assert found["rows"] == measured(open_runs([trained])) and found["seeds"] == [0, 1] and set(found["settings"]) == {"head", "lora", "stan"}
+    assert compared(found["rows"]) == compared(measured(open_runs([trained])))
 
 
 def test_help_is_fast_and_everywhere(capsys):
@@ -239,8 +245,6 @@ def test_variants_are_told_apart(trained, tmp_path):
 
 
 def test_small_parts():
-    assert text_table([]) == "(nothing)"
-    assert text_table([dict(a=1, b="x"), dict(a=10, b="")]) == " a  b\n--  -\n 1  x\n10"
     assert in_words(dict(num_latents=4, k=2, trainable=1448, head=2, budget=1448, off_by=.0)) == "num_latents 4, k 2; 1,448 parameters, 0.0% off the budget"
     rows = [dict(variant=v, seed=s, score=.5) for v in ("a", "b") for s in ((0,) if v == "a" else (1,))]
     assert difference(rows, "a", "b")["text"] == "no common seed" and verdict(rows) == ["b and a share no seed."]

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stan_nb.methods import METHODS, count_parameters, fingerprint, get_method, lora_budget, method_from_settings, spend, target_names, unit_costs
+from stan_nb.methods import METHODS, count_parameters, base_hash, get_method, lora_budget, method_from_settings, spend, target_names, unit_costs
 from stan_nb.settings import settings
 
 HEAD = ["head"]
@@ -172,12 +172,12 @@ def test_a_folder_of_another_method_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds a lora adapter, not stan"): get_method("stan").load(Net(), tmp_path, "all-linear", HEAD)
 
 
-def test_fingerprint_survives_half_precision_and_ignores_the_head():
+def test_base_hash_survives_half_precision_and_ignores_the_head():
     net = Net()
-    print_ = fingerprint(net, HEAD)
+    print_ = base_hash(net, HEAD)
     with torch.no_grad(): net.head.weight.add_(1)
-    assert fingerprint(net, HEAD) == print_ == fingerprint(net.to(torch.bfloat16), HEAD)
-    assert fingerprint(Net(seed=1), HEAD) != print_
+    assert base_hash(net, HEAD) == print_ == base_hash(net.to(torch.bfloat16), HEAD)
+    assert base_hash(Net(seed=1), HEAD) != print_
 
 
 @pytest.mark.parametrize("name", METHODS)

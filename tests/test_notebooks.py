@@ -63,7 +63,7 @@ def test_figures_have_alt_text(path):
 def test_imports_have_cells_of_their_own(path):
     "nbdev executes cells that mix imports with other code while it processes them."
     for c in cells(path, "code"):
-        text = "\n".join(l for l in source(c).splitlines() if not l.startswith(("%", "!")))
+        text = "\n".join(re.sub(r"^(\s*)[%!].*", r"\1pass", l) for l in source(c).splitlines())
         body = [n for n in ast.parse(text).body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
         kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in body}
         if any(l.strip().replace(" ", "") == "#|eval:false" for l in source(c).splitlines()): continue
@@ -75,11 +75,35 @@ def test_readme_is_in_sync():
     assert done.returncode == 0, done.stderr
 
 
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+
+
+def opening(path):
+    "What the top of a notebook says about the repository: the cell that sets Colab up, and the badge. Both follow pyproject.toml."
+    slug = URLS["Repository"].removeprefix("https://github.com/")
+    setup = f'try: import stan_nb\nexcept ImportError:\n    %pip install -q "stan_nb{EXTRAS.get(path.stem, "")} @ git+{URLS["Repository"]}"'
+    page = f"https://colab.research.google.com/github/{slug}/blob/main/nbs/{path.name}"
+    return setup, f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({page})"
+
+
+EXTRAS = {}      # lessons that need more than the package's own dependencies
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=ids)
+def test_opens_in_colab(path):
+    setup, badge = opening(path)
+    first, title = map(source, cells(path)[:2])
+    assert re.sub(r"^#\|.*\n", "", first) == setup and first.startswith(("#| default_exp", "#| hide"))
+    assert re.match(rf"# .+\n\n> .+\n\n{re.escape(badge)}", title)
+
+
 def test_the_repository_address_is_stated_once():
-    "In pyproject.toml; README and the modules' headers are generated from there."
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"].values()
+    "In pyproject.toml; README, the modules' headers and the top of each notebook follow it."
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     generated = ("README.md", "stan_nb/")
+    def said(f):
+        if f.endswith(".ipynb"): return "".join(source(c) for c in cells(ROOT / f)).replace(opening(ROOT / f)[0], "")
+        return (ROOT / f).read_text(encoding="utf-8")
     found = [f for f in files if not f.startswith(generated) and f != "pyproject.toml" and f.endswith((".ipynb", ".py", ".md", ".yml", ".ini", "Makefile"))
-             and any(url in (ROOT / f).read_text(encoding="utf-8") for url in urls)]
+             and any(url in said(f) for url in URLS.values())]
     assert found == []

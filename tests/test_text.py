@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from stan_nb import text
+from stan_nb.assets import shipped
 from stan_nb.methods import lora_budget, method_from_settings
+from stan_nb.runs import Run
 from stan_nb.settings import settings
+from stan_nb.task import Task, evaluate
 from stan_nb.text import TextTask, encoder_linears, make_pairs, overlap, read_folder, spell, split_modules
 
 SST = [dict(sentence=s, label=l) for s, l in (("a warm and clever film", 1), ("dull", 0), ("again, please", 1), ("two lost hours", 0))]
@@ -213,3 +216,11 @@ def test_real_folders(name, metric, paired):
     task = TextTask(settings("text", data=str(SHARED/name), train_size=64, test_size=64))
     data = task.load_data()
     assert task.metric == metric and len(data["train"]) == 64 and ("pair" in data["train"].column_names) == paired
+
+
+def test_the_shipped_adapter_scores_as_recorded():
+    recorded = Run.open(shipped("runs/minilm-docstrings")).info
+    found, model = Task.from_run(shipped("runs/minilm-docstrings"))
+    data = found.load_data()
+    assert found.corpus_hash == recorded["corpus_hash"]
+    assert evaluate(found, model, data["test"], progress=False)["accuracy"] == pytest.approx(recorded["result"]["test"]["accuracy"], abs=.004)   # 3 of 802 pairs: other processors round otherwise
