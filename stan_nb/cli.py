@@ -267,7 +267,7 @@ def natural(path):
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 # %% ../nbs/70_cli.ipynb #f1b3abf5
-TITLES = dict(head="base", lora="LoRA", stan="STAN", adalora="AdaLoRA", full="full")
+TITLES = dict(head="base", lora="LoRA", stan="STAN", adalora="AdaLoRA", sora="SoRA", full="full")
 
 def measured(
     runs:list,  # of Run

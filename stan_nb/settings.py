@@ -82,6 +82,7 @@ class Settings:
     scaling:float   = setting(2., "the factor before the update: alpha/k for STAN, alpha/r for LoRA", "(0, inf)")
     dropout:float   = setting(0., "dropout on the adapter's input", "[0, 1)")
     encoder_bias:bool = setting(False, "a bias on the latents (STAN)")
+    xi:float        = setting(3e-4, "how far each step takes a gate towards 0 (SoRA)", "[0, inf)")
     targets:str     = setting("", "modules to adapt, comma separated, or all-linear; empty: the task's own")
     lr:float        = setting(2e-3, "peak learning rate of the adapter", "(0, inf)")
     head_lr:float   = setting(0., "peak learning rate of the new head; 0: the same as lr", "[0, inf)")

@@ -304,12 +304,14 @@ def resume(self:Job):
 def finish(self:Job, test, memory):
     "Put the best model back, score it on test, and report."
     if self.best: restore(self.model, self.best)
+    count = count_parameters(self.model, self.method.head)
+    self.method.finish(self.model)
     scores = evaluate(self.task, self.model, test, progress=False, accelerator=self.accelerator)
     self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False).eval()
     return dict(metric=self.task.metric, test=scores, valid=self.at.best, best_step=self.at.best_step, steps=self.at.step,
                 seconds=round(self.at.seconds, 3), unit=self.task.unit, tokens_per_s=round(self.at.units / self.at.seconds, 1),
                 peak_mib=round(memory.mib, 1), peak_kind=memory.kind, device=str(self.accelerator.device),
-                processes=self.plan.processes, **count_parameters(self.model, self.method.head))
+                processes=self.plan.processes, **count)
 
 # %% ../nbs/21_train.ipynb #84d48aa9
 def _check_finite(step, loss, norm, lr, accelerator, kept):
@@ -383,7 +385,7 @@ def train_run(
     result = fit(task, model, method, settings, run, resume, data, accelerator, save_every, progress)
     if accelerator.is_main_process:
         with atomic_folder(run.adapter) as folder: method.save(model, folder)
-        run.update(result=result)
+        run.update(result=result, chosen=method.chosen)
         shutil.rmtree(run.checkpoints/"last")
     accelerator.wait_for_everyone()
     return result

@@ -33,7 +33,7 @@ def contrast(
 # %% ../nbs/03_viz.ipynb #c188a056
 INK = "#767676"
 COLOURS = dict(blue="#0072b2", vermilion="#d55e00", green="#009e73", purple="#cc79a7", orange="#e69f00", sky="#56b4e9")
-OWN = dict(lora=COLOURS["blue"], stan=COLOURS["vermilion"], adalora=COLOURS["green"], full=COLOURS["purple"],
+OWN = dict(lora=COLOURS["blue"], stan=COLOURS["vermilion"], adalora=COLOURS["green"], sora=COLOURS["orange"], full=COLOURS["purple"],
            head=INK, base=INK, frozen=INK)
 
 def colour_of(
