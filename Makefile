@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # Arguments of pip for torch, installed before all else. With CUDA, `SYSTEM_TORCH=1 make …` keeps the torch you have.
 TORCH  ?= torch==2.13.0
 
-.PHONY: setup demo test test-all evidence lab notebooks readme docs clean
+.PHONY: setup demo test test-all evidence verify lab notebooks readme docs clean
 
 setup: $(READY)
 
@@ -29,11 +29,12 @@ test-all: $(READY)   ## the same with the long counts
 	$(BIN)/nbdev-test --n-workers 2 --do-print --timing
 	$(BIN)/python -m pytest tests -m "slow or not slow"
 
-evidence: $(READY)   ## everything that is stored rather than made live: results files, and the adapter that comes with the package
-	$(BIN)/python benchmarks/tune_text.py
-	$(BIN)/stan-nb demo --overwrite --out runs/evidence
-	cp runs/evidence/results.json stan_nb/data/results/text_demo.json
+evidence: $(READY)   ## everything that is stored rather than made live: results files, each by the command it names, and the adapter that comes with the package
+	$(BIN)/stan-nb evidence
 	rm -rf stan_nb/data/runs/minilm-docstrings && cp -r runs/evidence/stan-0 stan_nb/data/runs/minilm-docstrings
+
+verify: $(READY)     ## run a random tenth of the stored results again and compare
+	$(BIN)/stan-nb verify
 
 lab: $(READY)        ## open the course in JupyterLab
 	$(BIN)/jupyter lab nbs

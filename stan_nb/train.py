@@ -302,11 +302,11 @@ def resume(self:Job):
 
 @patch
 def finish(self:Job, test, memory):
-    "Put the best model back, score it on test, and report."
+    "Put the best model back, score it on test (if there is one), and report."
     if self.best: restore(self.model, self.best)
     count = count_parameters(self.model, self.method.head)
     self.method.finish(self.model)
-    scores = evaluate(self.task, self.model, test, progress=False, accelerator=self.accelerator)
+    scores = evaluate(self.task, self.model, test, progress=False, accelerator=self.accelerator) if test is not None else None
     self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False).eval()
     return dict(metric=self.task.metric, test=scores, valid=self.at.best, best_step=self.at.best_step, steps=self.at.step,
                 seconds=round(self.at.seconds, 3), unit=self.task.unit, tokens_per_s=round(self.at.units / self.at.seconds, 1),
@@ -329,7 +329,7 @@ def fit(
     settings:Settings,
     run:Run|None=None,    # where to log and keep checkpoints; None: nowhere
     resume:bool=False,    # go on from the run's checkpoint, if there is one
-    data=None,            # splits train, valid, test; None: task.load_data()
+    data=None,            # splits train, valid, test; None: task.load_data(). Without test, none is scored
     accelerator=None,     # None: `make_accelerator(settings)`
     save_every:float=120.,# seconds between checkpoints; there is one at each evaluation besides
     progress:bool=True,   # show a bar
@@ -353,7 +353,7 @@ def fit(
             if due or asked or time.perf_counter() - saved > save_every: saved = job.save()
             if asked: raise KeyboardInterrupt(f"stopped at step {step} of {plan.total}; {job.kept()}")
             clock = time.perf_counter()
-    return job.finish(data["test"], memory)
+    return job.finish(data.get("test"), memory)
 
 # %% ../nbs/21_train.ipynb #bd1584a5
 def train_run(
@@ -363,6 +363,7 @@ def train_run(
     overwrite:bool=False,  # replace the run that is there
     save_every:float=120., # seconds between checkpoints
     progress:bool=True,    # show a bar
+    look:bool=True,        # score the test split at the end; not while settings are still being searched
 )->dict:                   # what `fit` returned; it is run.json's "result", too
     "The whole job, from settings to an adapter on disk. All input is checked before the run folder is made or changed."
     path = Path(path)
@@ -370,6 +371,7 @@ def train_run(
     accelerator = make_accelerator(settings)
     task = get_task(settings.modality)(settings)
     data, model = task.load_data(), task.build_model()
+    if not look: data.pop("test")
     targets, head, method = task.targets(model), task.head(model), method_from_settings(settings)
     budget = lora_budget(model, targets, settings.rank, head)
     seed_all(settings.seed)
