@@ -46,12 +46,12 @@ notebooks: $(READY)  ## run the lessons in order and store their outputs
 readme: $(READY)     ## README.md from nbs/index.ipynb
 	$(BIN)/python docs/readme.py
 
-docs: $(READY) $(MATHJAX) ## the lessons as a site in docs/_build
+docs: $(READY) $(MATHJAX) ## the lessons as a site in docs/_build/html
 	$(BIN)/python docs/bridge.py
-	$(BIN)/sphinx-build -n -W --keep-going -q -c docs docs/_src docs/_build
+	$(BIN)/sphinx-build -n -W --keep-going -q -c docs -d docs/_build/doctrees docs/_src docs/_build/html
 
 docs-serve: docs     ## the site at http://localhost:8000
-	$(BIN)/python -m http.server --directory docs/_build 8000
+	$(BIN)/python -m http.server --directory docs/_build/html 8000
 
 $(MATHJAX): docs/package-lock.json
 	npm ci --prefix docs --no-audit --no-fund --silent
