@@ -25,12 +25,19 @@ def parameters(obj):
     for name, p in signature(obj).parameters.items():
         if name in ("self", "cls") or name not in found: continue
         stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
-        rows.append((f"`{stars}{name}`", kind(p.annotation), "" if p.default is p.empty else f"`{cell(short(p.default))}`", found[name]["docment"]))
+        said = found[name]["docment"] or stars and starred(obj, name)
+        rows.append((f"`{stars}{name}`", kind(p.annotation), "" if p.default is p.empty else f"`{cell(short(p.default))}`", said))
     back = found.get("return") or {}
     if back.get("docment") or kind(back.get("anno")): rows.append(("**returns**", kind(back.get("anno")), "", back.get("docment")))
     if not any(row[-1] for row in rows): return ""
-    lines = [f"| {name} | {cell(type_)} | {default} | {cell(said or '')} |" for name, type_, default, said in rows]
+    lines = [f"| {' | '.join([name, cell(type_), default, cell(said or '')])} |" for name, type_, default, said in rows]
     return "\n".join(["| parameter | type | default | meaning |", "| --- | --- | --- | --- |", *lines])
+
+
+def starred(obj, name):
+    "The comment beside `*name` or `**name`, which docments does not read."
+    found = re.search(rf"\*{name},?\s*# *(.+)", inspect.getsource(getattr(obj, "__init__", obj) if inspect.isclass(obj) else obj))
+    return found[1] if found else ""
 
 
 def short(value):
@@ -81,8 +88,8 @@ def fenced(directive, argument, body, depth):
 def methods(cls):
     "Public methods and properties that the class itself defines (fastcore's `patch` counts) and documents: (name, kind, function)."
     for name, value in vars(cls).items():
-        inner = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-        if name.startswith("_") or not inspect.isfunction(inner) or not inspect.getdoc(value): continue
+        inner = value.fget if isinstance(value, property) else getattr(value, "__func__", getattr(value, "f", value))     # `f`: fastcore's class methods
+        if name.startswith("_") or not inspect.isfunction(inner) or not inspect.getdoc(inner): continue
         yield name, "property" if isinstance(value, property) else "method" if value is inner else "classmethod", inner
 
 

@@ -73,6 +73,8 @@ CODE = re.compile(r"(^ {0,3}```.*?^ {0,3}```[ \t]*$|(?:^(?: {4}|\t)[^\n]*\n?)+|\
 
 def prose(text, names, known):
     "Markdown of a notebook as MyST: links to lessons and to the API. Raises Unknown for a construct that only some other program renders."
+    for block in re.split(r"\n[ \t]*\n", text):
+        if re.match(r" {0,3}</?[a-z]", block) and re.search(r"[`$]|\*\*", block): raise Unknown(f"Markdown in a block of HTML (leave a line blank before it): {block.strip()[:60]!r}")
     parts = CODE.split(text)
     for i, part in enumerate(parts):
         if i % 2:                                                            # code or formula

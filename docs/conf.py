@@ -53,6 +53,11 @@ def sitemap(app, error):
     Path(app.outdir, "sitemap.xml").write_text(f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n{rows}</urlset>\n')
 
 
+def mend(app, pagename, templatename, context, doctree):
+    "MyST-NB names the button of a folded cell otherwise than what is written on it."
+    context["body"] = context.get("body", "").replace('<summary aria-label="Toggle hidden content">', "<summary>")
+
+
 def live(app, pagename, templatename, context, doctree):
     "The script of the moving pictures, on pages that have one."
     if doctree is not None and any('class="live"' in node.astext() for node in doctree.findall(lambda n: n.tagname == "raw")):
@@ -61,4 +66,5 @@ def live(app, pagename, templatename, context, doctree):
 
 def setup(app):
     app.connect("build-finished", sitemap)
+    app.connect("html-page-context", mend)
     app.connect("html-page-context", live)
