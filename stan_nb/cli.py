@@ -1,4 +1,4 @@
-"""Seven commands, each a function of a few lines, and one HTML file that says what was measured.
+"""Ten commands, each a function of a few lines, and one HTML file that says what was measured.
 
 Docs: https://stan-nb.github.io/stan_nb/cli.html.md"""
 
@@ -145,7 +145,7 @@ def closed_pipe():
 
 def overview():
     "What `stan-nb` prints when nothing is asked."
-    first = [name for name in ("demo", "train", "eval", "predict", "report") if name in COMMANDS]
+    first = [name for name in ("demo", "compare", "train", "eval", "predict", "report") if name in COMMANDS]
     rows = [f"  {name:<9} {inspect.getdoc(COMMANDS[name]).splitlines()[0]}" for name in dict.fromkeys([*first, *COMMANDS])]
     return "\n".join(["usage: stan-nb COMMAND ...", "", "Sparse adaptation of frozen models: train, evaluate, open up, compare.", "", "commands:", *rows, "",
                       "  stan-nb COMMAND --help says more; STAN_DEBUG=1 shows the traceback of an error."])
