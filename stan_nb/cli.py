@@ -686,7 +686,7 @@ def cmd_evidence(
 ):
     "Make the stored results anew, each by its own command."
     from stan_nb.protocol import evidence
-    for command in evidence(names): print("made by:", command)
+    for command in evidence(names, say=print): print("made by:", command)
 
 # %% ../nbs/70_cli.ipynb #7714f9e5
 @command

@@ -9,7 +9,8 @@ __all__ = ['MODULES', 'variants', 'grid_stages', 'default_grid', 'own_settings',
            'paired_interval', 'Comparison', 'compare', 'row_settings', 'verify', 'evidence']
 
 # %% ../nbs/23_protocol.ipynb #046df39a
-import ast, dataclasses, functools, hashlib, importlib.util, inspect, itertools, json, math, os, random, shlex, shutil, statistics, subprocess, sys, tempfile, time
+import ast, dataclasses, functools, hashlib, importlib.util, inspect, itertools, json, math, os
+import random, shlex, shutil, statistics, subprocess, sys, tempfile, time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.resources import files
@@ -162,7 +163,8 @@ class Comparison(dict):
                 line[f"test {metric}"] = f"{statistics.fmean(scores):.4f}" + (f" ± {statistics.stdev(scores):.4f}" if len(own) > 1 else "")
                 line[f"minus {against} [95%]"] = "" if label == against else _with_interval(self.difference(label))
                 line |= dict(seeds=len(own), adapter=own[0]["adapter"], kept=round(statistics.fmean(row["kept"] for row in own)))
-                line |= {f"{self['unit']}/s": round(statistics.median(row["tokens_per_s"] for row in own)), "peak MiB": round(max(row["peak_mib"] for row in own))}
+                line[f"{self['unit']}/s"] = round(statistics.median(row["tokens_per_s"] for row in own))
+                line["peak MiB"] = round(max(row["peak_mib"] for row in own))
             table.append(line)
         return table
 
@@ -188,7 +190,8 @@ def verdict(self:Comparison)->list[str]: # sentences
         edge = [f"{key} = {best[key]:g}" for key, tried in values.items() if len(tried) > 2 and best[key] in (min(tried), max(tried))]
         if edge: lines.append(f"{label} is best at the edge of the grid ({', '.join(edge)}): a larger grid may say something else.")
     count = len({row["seed"] for row in self.tested})
-    if 1 < count < 10: lines.append(f"With {count} seeds the bootstrap interval is too narrow (lesson 23 measures by how much); the verdicts go by Student's t.")
+    if 1 < count < 10:
+        lines.append(f"With {count} seeds the bootstrap interval is too narrow (lesson 23 measures by how much); the verdicts go by Student's t.")
     return lines
 
 # %% ../nbs/23_protocol.ipynb #4d0b2357
@@ -210,8 +213,8 @@ def compare(
     **overrides,         # settings of all, e.g. epochs=1
 )->Comparison:
     "Tune every method over the same grid on valid, then run fresh seeds and score test once. Raises ValueError before anything is run."
-    asked = dict(methods=methods, modality=modality, budget=budget, seeds=tuple(seeds), grid=grid, scale=scale, tune_seeds=tuple(tune_seeds), finalists=finalists,
-                 against=against, out=out, tolerance=tolerance, **overrides)
+    asked = dict(methods=methods, modality=modality, budget=budget, seeds=tuple(seeds), grid=grid, scale=scale,
+                 tune_seeds=tuple(tune_seeds), finalists=finalists, against=against, out=out, tolerance=tolerance, **overrides)
     base, stages, against = _checked(asked)
     with _workers(processes) as pool:
         search = _Search(base, stages, cache, pool, say)
@@ -251,7 +254,8 @@ def _same_corpus(out, corpus_hash):
     "Raise ValueError if a results file of other data is in the way."
     if not Path(out).exists(): return
     former = load_results(str(out)).get("corpus_hash")
-    if former and former != corpus_hash: raise ValueError(f"{out} holds results on corpus {former}, these data are {corpus_hash}: the two cannot stand in one place")
+    if former and former != corpus_hash:
+        raise ValueError(f"{out} holds results on corpus {former}, these data are {corpus_hash}: the two cannot stand in one place")
 
 # %% ../nbs/23_protocol.ipynb #c150d972
 def _alone(processes):
@@ -314,7 +318,8 @@ def _value(wanted, key): return wanted.options.get(key[4:]) if key.startswith("o
 
 def _row(stage, label, wanted, keys, info):
     "One flat row of a results file."
-    row = dict(stage=stage, variant=label, method=wanted.method, **{key: _value(wanted, key) for key in keys}, seed=wanted.seed, corpus_hash=info["corpus_hash"])
+    point = {key: _value(wanted, key) for key in keys}
+    row = dict(stage=stage, variant=label, method=wanted.method, **point, seed=wanted.seed, corpus_hash=info["corpus_hash"])
     if "diverged" in info: return row | dict(diverged=info["diverged"])
     result, chosen = info["result"], info["chosen"]
     scores = result["test"] or result["valid"]
@@ -336,7 +341,8 @@ def _command(asked):
     default, words = {name: p.default for name, p in inspect.signature(compare).parameters.items()}, ["stan-nb", "compare", asked["modality"]]
     for name, value in asked.items():
         if name == "modality" or value == default.get(name): continue
-        if name == "methods": value = ", ".join(" ".join([own["method"], *(f"{k}={v}" for k, v in own.items() if k != "method")]) for own in variants(value).values())
+        if name == "methods":
+            value = ", ".join(" ".join([own["method"], *(f"{k}={v}" for k, v in own.items() if k != "method")]) for own in variants(value).values())
         elif name == "grid": value = _grid_text(value)
         elif isinstance(value, tuple): value = ",".join(map(str, value))
         words += [f"--{dict(budget='rank').get(name, name).replace('_', '-')}", str(value)]
@@ -349,12 +355,12 @@ def _grid_text(grid):
 
 def _results(search, best, asked, against, processes):
     "Everything about a comparison, written to its file if there is one."
-    rows, keys, metric = search.rows, search.keys, search.metric
-    tuned = {}
+    rows, keys, metric, tuned, tried = search.rows, search.keys, search.metric, {}, {}
     for label, wanted in best.items():
-        point = {key: _value(wanted, key) for key in keys}
-        tuned[label] = point | dict(score=statistics.fmean(r.get(metric, -math.inf) for r in rows if r["variant"] == label and r["stage"] != "test" and all(r[k] == point[k] for k in keys)))
-    tried = {label: len({tuple(r[k] for k in keys) for r in rows if r["variant"] == label and r["stage"] != "test"}) for label in best}
+        own, point = [r for r in rows if r["variant"] == label and r["stage"] != "test"], {key: _value(wanted, key) for key in keys}
+        scores = [r.get(metric, -math.inf) for r in own if all(r[key] == point[key] for key in keys)]
+        tuned[label] = point | dict(score=statistics.fmean(scores))
+        tried[label] = len({tuple(r[key] for key in keys) for r in own})
     more = dict(metric=metric, unit=search.unit, source=search.source, keys=keys, tried=tried, tuned=tuned, against=against, tolerance=asked["tolerance"],
                 split=dict(test="test", others="valid"), processes=processes)
     seeds = [*asked["tune_seeds"], *asked["seeds"]]
@@ -372,6 +378,10 @@ def row_settings(
     if "modality" not in held or "method" not in row: raise ValueError("the file does not say what its rows were run with")
     known = {f.name for f in dataclasses.fields(Settings)}
     return Settings.from_dict(held).replace(**{key: row[key] for key in row if key in known or key.startswith("opt.")})
+
+def _device_is_here(results):
+    "Raise ValueError if the numbers are of a GPU and none is here."
+    if results["device"].startswith("cuda") and not torch.cuda.is_available(): raise ValueError(f"it was made on {results['device']}, and no GPU is here")
 
 def _score_of(results, row):
     "The score that a row states, or None."
@@ -391,16 +401,19 @@ def verify(
     every, table = [], Table()
     for name in names or shipped:
         results = load_results(name)
-        try: every += [(name, results, number, row) for number, row in enumerate(results["rows"]) if _score_of(results, row) is not None and row_settings(results, row)]
+        try:
+            _device_is_here(results)
+            scored = [(number, row) for number, row in enumerate(results["rows"]) if _score_of(results, row) is not None]
+            every += [(name, results, number, row) for number, row in scored if row_settings(results, row)]
         except ValueError as error: say(f"{name}: passed over, {error}")
     if not every: raise ValueError("no stored row can be run again")
     chance = random.Random(int(time.strftime("%Y%m%d")) if seed is None else seed)
     for name, results, number, row in sorted(chance.sample(every, math.ceil(share * len(every))), key=lambda chosen: chosen[0::2]):
         with tempfile.TemporaryDirectory() as fresh: now = _again(results, row, fresh)
         tolerance, stored = results.get("tolerance", .03), _score_of(results, row)
-        table.append(dict(file=Path(name).stem, row=number, variant=row.get("variant", ""), seed=row["seed"], stored=stored, now=now, tolerance=tolerance,
-                          ok=abs(now - stored) <= tolerance))
-        say(f"{table[-1]['file']}, row {number} ({row.get('variant', '')}, seed {row['seed']}): stored {stored:.4f}, now {now:.4f}{'' if table[-1]['ok'] else ': OFF'}")
+        file, variant, ok = Path(name).stem, row.get("variant", ""), abs(now - stored) <= tolerance
+        table.append(dict(file=file, row=number, variant=variant, seed=row["seed"], stored=stored, now=now, tolerance=tolerance, ok=ok))
+        say(f"{file}, row {number} ({variant}, seed {row['seed']}): stored {stored:.4f}, now {now:.4f}{'' if ok else ': OFF'}")
     return table
 
 def _again(results, row, fresh):
@@ -415,14 +428,20 @@ def _again(results, row, fresh):
 def evidence(
     names=(),           # results files that come with the package; none: all
     run=subprocess.run, # what runs a command
+    say=lambda line: None, # is told of files that are passed over
 )->list[str]:           # the commands that were run
     "Make the stored results anew, each by the command that it names. Raises ValueError for a command that is not ours or does not write the file."
     folder, done = Path(str(files("stan_nb")))/"data"/"results", []
     for name in names or sorted(p.stem for p in folder.glob("*.json")):
-        path = folder/f"{name}.json"
-        command = load_results(path)["command"]
+        path, results = folder/f"{name}.json", load_results(folder/f"{name}.json")
+        try: _device_is_here(results)
+        except ValueError as error:
+            say(f"{name}: passed over, {error}")
+            continue
+        command = results["command"]
         program, *words = shlex.split(command)
-        if program not in ("stan-nb", "python") or f"{name}.json" not in command: raise ValueError(f"{name}: {command!r} is no command of ours that writes {name}.json")
+        if program not in ("stan-nb", "python") or f"{name}.json" not in command:
+            raise ValueError(f"{name}: {command!r} is no command of ours that writes {name}.json")
         before = path.stat().st_mtime_ns
         run([Path(sys.executable).with_name(program) if program != "python" else sys.executable, *words], check=True, cwd=folder.parents[2])
         if path.stat().st_mtime_ns == before: raise ValueError(f"{name}: {command!r} ended without writing {path}")

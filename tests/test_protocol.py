@@ -14,7 +14,8 @@ from stan_nb.runs import Run, load_results, save_results
 from stan_nb.settings import settings
 from stan_nb.task import ToyTask
 
-SMALL = dict(methods="lora, stan k=2, head", modality="toy", grid="lr=1e-2,5e-2 scaling=1,4", seeds=(0, 1), tune_seeds=(100, 101), max_steps=8, train_size=256, device="cpu")
+SMALL = dict(methods="lora, stan k=2, head", modality="toy", grid="lr=1e-2,5e-2 scaling=1,4", seeds=(0, 1), tune_seeds=(100, 101),
+             max_steps=8, train_size=256, device="cpu")
 TIMES = ("tokens_per_s", "peak_mib", "seconds")
 
 
@@ -96,7 +97,8 @@ def test_deterministic(tmp_path, done): assert without_times(compare(**SMALL, ca
 
 def test_two_processes_find_the_same(tmp_path):
     few = SMALL | dict(methods="lora", grid="lr=1e-2,5e-2", seeds=(0,), tune_seeds=(100,))
-    (tmp_path/"go.py").write_text(f"from stan_nb.protocol import compare\nif __name__ == '__main__': compare(**{few!r}, cache={str(tmp_path/'two')!r}, processes=2, out={str(tmp_path/'r.json')!r})")
+    asked = few | dict(cache=str(tmp_path/"two"), processes=2, out=str(tmp_path/"r.json"))
+    (tmp_path/"go.py").write_text(f"from stan_nb.protocol import compare\nif __name__ == '__main__': compare(**{asked!r})")
     subprocess.run([sys.executable, "-W", "ignore", tmp_path/"go.py"], check=True, timeout=240)
     found = load_results(tmp_path/"r.json")
     assert found["processes"] == 2 and len(list((tmp_path/"two").glob("*/run.json"))) == 3
@@ -146,8 +148,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 def test_the_key_is_the_content(monkeypatch):
     one, corpus = settings("toy", method="lora", seed=3), "0123456789abcdef"
     key = run_key(one, False, corpus)
-    for other in (one.replace(seed=4), one.replace(lr=.5), one.replace(scaling=3.), one.replace(rank=5), one.replace(method="stan"), one.replace(**{"opt.noise": .4}) if "noise" in one.options else one.replace(epochs=9)):
-        assert run_key(other, False, corpus) != key
+    for change in (dict(seed=4), dict(lr=.5), dict(scaling=3.), dict(rank=5), dict(method="stan"), dict(epochs=9)):
+        assert run_key(one.replace(**change), False, corpus) != key
     assert run_key(one, True, corpus) != key != run_key(one, False, "fedcba9876543210")
     assert run_key(one.replace(k=3, xi=.1, select="relu"), False, corpus) == key       # options of other methods
     monkeypatch.setattr(protocol, "code_version", lambda *_: "other code")
@@ -156,8 +158,8 @@ def test_the_key_is_the_content(monkeypatch):
 
 def test_the_code_version_is_about_what_code_does(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    versions = []
-    for number, text in enumerate(["'a'\ndef f(x):\n    'doc'\n    return x + 1\n", "'b'\n# comment\ndef f(x):\n    'other'\n\n    return (x + 1)  # why\n", "def f(x): return x + 2\n"]):
+    versions, texts = [], ["'a'\ndef f(x):\n    'doc'\n    return x + 1\n", "# comment\ndef f(x):\n    'other'\n\n    return (x + 1)  # why\n", "def f(x): return x + 2\n"]
+    for number, text in enumerate(texts):
         (tmp_path/"some_module.py").write_text(text)
         os.utime(tmp_path/"some_module.py", (number, number))
         versions.append(code_version("some_module", "stan_nb.there_is_none"))
@@ -261,11 +263,16 @@ def test_verify_runs_rows_again_and_notices_a_false_one(done, tmp_path):
     with pytest.raises(ValueError, match="about feedbeef"): verify([str(tmp_path/"other.json")], share=.05, seed=1)
 
 
-def test_verify_passes_over_what_cannot_be_run(tmp_path):
+def test_verify_passes_over_what_cannot_be_run(tmp_path, monkeypatch):
     save_results(tmp_path/"times.json", [dict(seed=0, score=.5)], "python benchmarks/x.py", [0], {})
     said = []
     with pytest.raises(ValueError, match="no stored row can be run again"): verify([str(tmp_path/"times.json")], say=said.append)
     assert "passed over, the file does not say what its rows were run with" in said[0]
+    save_results(tmp_path/"gpu.json", [dict(seed=0, score=.5, method="lora")], "stan-nb compare toy", [0], settings("toy"))
+    (tmp_path/"gpu.json").write_text(json.dumps(load_results(tmp_path/"gpu.json") | dict(device="cuda: NVIDIA H100")))
+    monkeypatch.setattr(protocol.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no stored row"): verify([str(tmp_path/"gpu.json")], say=said.append)
+    assert "it was made on cuda: NVIDIA H100, and no GPU is here" in said[-1]
     for share in (0., 1.5):
         with pytest.raises(ValueError, match=r"share = .* is out of range: allowed is \(0, 1\]"): verify(share=share)
 
