@@ -1,5 +1,6 @@
 "The site. `docs/bridge.py` writes what is read here; nothing is executed."
-import re, shutil, sys, tomllib
+import tomllib
+from importlib.resources import files
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
@@ -45,6 +46,14 @@ html_theme_options = {
 html_context = {"default_mode": "auto"}
 
 
+def style(app):
+    "MyST-NB copies its style sheet when all pages are written; they need its checksum before, or a second build would change them all."
+    from myst_nb import static
+    name = next(name for name, _ in app.registry.css_files if name.startswith("mystnb"))
+    Path(app.outdir, "_static").mkdir(parents=True, exist_ok=True)
+    Path(app.outdir, "_static", name).write_bytes((files(static) / "mystnb.css").read_bytes())
+
+
 def sitemap(app, error):
     "Every page, whether it was rebuilt in this run or not."
     if error or app.builder.name != "html": return
@@ -58,13 +67,15 @@ def mend(app, pagename, templatename, context, doctree):
     context["body"] = context.get("body", "").replace('<summary aria-label="Toggle hidden content">', "<summary>")
 
 
-def live(app, pagename, templatename, context, doctree):
-    "The script of the moving pictures, on pages that have one."
+def scripts(app, pagename, templatename, context, doctree):
+    "The script of the moving pictures, on pages that have one; the one of the search, on its own."
+    if pagename == "search": app.add_js_file("search.js", priority=900, loading_method="defer")
     if doctree is not None and any('class="live"' in node.astext() for node in doctree.findall(lambda n: n.tagname == "raw")):
         app.add_js_file("live.js", type="module")
 
 
 def setup(app):
+    app.connect("builder-inited", style)
     app.connect("build-finished", sitemap)
     app.connect("html-page-context", mend)
-    app.connect("html-page-context", live)
+    app.connect("html-page-context", scripts)

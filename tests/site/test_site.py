@@ -46,7 +46,8 @@ def test_lessons_lead_to_colab_and_to_their_notebook(visit):
 
 def test_search_finds_a_term(visit):
     page = visit("search.html?q=subspace")
-    page.wait_for_selector("ul.search li a")
+    page.wait_for_selector("ul.search li p.context")
+    assert not LEAKS.search(page.inner_text("ul.search"))
     assert any("TopK" in item.inner_text() for item in page.query_selector_all("ul.search li a")) and not page.trouble
 
 
