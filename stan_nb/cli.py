@@ -610,6 +610,7 @@ def cmd_demo(
     if resume and overwrite: raise ValueError("choose one of --resume and --overwrite")
     plan = {Path(out)/f"{method}-{seed}": settings(modality, scale, **overrides, method=method, seed=seed) for seed in range(seeds) for method in methods.split(",")}
     ready(plan, overwrite)
+    import torch
     from stan_nb.train import train_run
     for path, wanted in plan.items():
         if (path/"run.json").exists() and "result" in Run.open(path).info: print(f"{path}: finished before, reused", flush=True)
@@ -619,7 +620,8 @@ def cmd_demo(
     print(f"\n{Table(compared(rows))}\n\n" + "\n".join(verdict(rows)))
     report([run.path for run in runs], Path(out)/"report.html")
     numbers = Path(results or Path(out)/"results.json")
-    save_results(numbers, rows, command_line(), list(range(seeds)), {run.info["method"]: run.settings for run in runs}, rows[0]["corpus_hash"])
+    save_results(numbers, rows, command_line(), list(range(seeds)), {run.info["method"]: run.settings for run in runs}, rows[0]["corpus_hash"],
+                 threads=torch.get_num_threads())
     print(f"\nadapters: {out}/*/adapter\nreport:   {Path(out)/'report.html'}\nnumbers:  {numbers}")
 
 cmd_demo.fixed = ("method", "seed")

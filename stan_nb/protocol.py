@@ -119,7 +119,7 @@ def run_once(
         if not {"result", "diverged"} & set(info):
             try: train_run(wanted, path, resume=True, look=look, progress=False)
             except FloatingPointError as error: Run.open(path).update(diverged=str(error))
-            info = Run.open(path).info
+            info = Run.open(path).update(threads=torch.get_num_threads()).info
         if not look: shutil.rmtree(path/"adapter", ignore_errors=True)
     if info["corpus_hash"] != corpus_hash: raise ValueError(f"{path} was trained on corpus {info['corpus_hash']}, this comparison is about {corpus_hash}")
     return info
@@ -319,7 +319,7 @@ def _value(wanted, key): return wanted.options.get(key[4:]) if key.startswith("o
 def _row(stage, label, wanted, keys, info):
     "One flat row of a results file."
     point = {key: _value(wanted, key) for key in keys}
-    row = dict(stage=stage, variant=label, method=wanted.method, **point, seed=wanted.seed, corpus_hash=info["corpus_hash"])
+    row = dict(stage=stage, variant=label, method=wanted.method, **point, seed=wanted.seed, corpus_hash=info["corpus_hash"], threads=info.get("threads"))
     if "diverged" in info: return row | dict(diverged=info["diverged"])
     result, chosen = info["result"], info["chosen"]
     scores = result["test"] or result["valid"]
@@ -418,8 +418,10 @@ def verify(
 
 def _again(results, row, fresh):
     "The score of a row, run anew."
-    look = row.get("stage", "test") == "test"
-    found = run_once(row_settings(results, row), look, fresh, row.get("corpus_hash") or results["corpus_hash"])
+    look, threads = row.get("stage", "test") == "test", torch.get_num_threads()
+    torch.set_num_threads(row.get("threads") or results.get("threads") or threads)
+    try: found = run_once(row_settings(results, row), look, fresh, row.get("corpus_hash") or results["corpus_hash"])
+    finally: torch.set_num_threads(threads)
     if "diverged" in found: return -math.inf
     scores = found["result"]["test" if look else "valid"]
     return scores[found["result"]["metric"]]
