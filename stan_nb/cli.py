@@ -188,9 +188,10 @@ def cmd_train(
     from stan_nb.train import train_run
     path = Path(out or f"runs/{'-'.join(filter(None, [wanted.modality, wanted.task, wanted.method]))}-s{wanted.seed}")
     found = train_run(wanted, path, resume=resume, overwrite=overwrite)
-    print(Table([{"method": wanted.method, "trainable": f"{found['trainable']:,}", **{f"test {name}": round(value, 4) for name, value in found["test"].items()},
-                       f"{found['unit']}/s": round(found["tokens_per_s"]), "peak MiB": round(found["peak_mib"])}]))
-    print(f"\nkept in {path}; next: stan-nb eval {path}, or stan-nb report {path}")
+    scores = {f"{split} {name}": round(value, 4) for split, found_there in {"test": found["test"], **found["more"]}.items() for name, value in found_there.items()}
+    print(Table([{"method": wanted.method, "trainable": f"{found['trainable']:,}", **scores,
+                  f"{found['unit']}/s": round(found["tokens_per_s"]), "peak MiB": round(found["peak_mib"])}]))
+    print(f"\ndata: {Run.open(path).info['source']}\nkept in {path}; next: stan-nb eval {path}, or stan-nb report {path}")
 
 # %% ../nbs/70_cli.ipynb #aa00bf35
 def open_model(
@@ -209,14 +210,15 @@ def open_model(
 @command
 def cmd_eval(
     run:str,              # a run folder
-    split:str="test",     # train, valid or test
+    split:str="test",     # train, valid, test, or a further split of the data
     device:str="auto",    # auto, cpu, cuda or mps
 ):
     "The metrics of a trained run, computed anew."
-    if split not in ("train", "valid", "test"): raise ValueError(f"split = {split!r} is not known: allowed is one of train, valid, test")
     task, model = open_model(run, device)
     from stan_nb.task import evaluate
-    found = evaluate(task, model, task.load_data()[split])
+    data = task.load_data()
+    if split not in data: raise ValueError(f"split = {split!r} is not known: allowed is one of {', '.join(data)}.{near(split, data)}")
+    found = evaluate(task, model, data[split])
     print(Table([dict(split=split, metric=name, value=round(value, 4)) for name, value in found.items()]))
 
 # %% ../nbs/70_cli.ipynb #1cf26dfd
