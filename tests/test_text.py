@@ -102,7 +102,7 @@ def test_predict_text_keeps_the_mode_and_refuses_other_forms(task, model):
     with pytest.raises(ValueError, match="inputs is empty"): task.predict_text(model, [])
 
 def test_an_adapter_comes_back_with_the_same_logits(task, tmp_path):
-    chosen = settings("text", train_size=32, test_size=32)
+    chosen = settings("text", k=2, train_size=32, test_size=32)
     asked = ["Draw the function as a curve. | plot_line", "Sort the nodes. | invert"]
     model, method = task.build_model(), method_from_settings(chosen)
     targets, head = task.targets(model), task.head(model)
