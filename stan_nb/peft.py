@@ -155,6 +155,7 @@ class StanLayer(BaseTunerLayer):
         self.stan_sae = nn.ModuleDict() # adapter name -> StanAdapter
         self.stan_alpha = {}            # adapter name -> alpha as trained, see `set_scale`
         self._disable_adapters,self.merged_adapters = False,[]
+        self.cast_input_dtype_enabled = True # PEFT's helpers and diffusers' layerwise casting switch it
         self.in_features,self.out_features = _sizes(self.get_base_layer())
 
     def update_layer(self,
@@ -513,10 +514,17 @@ def from_pretrained(cls:StanConfig,
     return config
 
 # %% ../nbs/13_peft.ipynb #9e804c0f
+def _warn_of_patterns(config, names):
+    "Warn of pattern keys that fit no adapted layer; PEFT itself does so for alpha_pattern."
+    for name in ("latents_pattern", "k_pattern"):
+        idle = [key for key in getattr(config, name) if not any(get_pattern_key([key], n) == key for n in names)]
+        if idle: warnings.warn(f"{name}: {', '.join(map(repr, idle))} matched no adapted layer", RuntimeWarning)
+
 def _preflight(config, model, state_dict=None):
     "{name: sizes} of the modules about to be adapted. Raises ValueError for anything that would fail halfway."
     _resolve(config, model)
     sizes = _targets(config, model, state_dict and {k.rsplit(".stan_", 1)[0].removeprefix("_orig_mod.") for k in state_dict})
+    _warn_of_patterns(config, sizes)
     if config._folder: _check_fit(config._folder[1], sizes, config._folder[0])
     if config._trained_on and not same_base(config._trained_on, fingerprint(model, sizes)):
         warnings.warn("This adapter was trained on other base weights than this model's: expect nonsense. "
