@@ -1,5 +1,5 @@
 "Every fast path of sparse_adapt against one judge: the sets that topk_indices chooses, everything else by the formula in float64."
-import copy, math, subprocess, sys
+import copy, math, shutil, subprocess, sys
 import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -11,7 +11,7 @@ from stan_nb.topk import BACKENDS, SELECTS, explain, reference_adapt, set_backen
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 thorough = settings(max_examples=600, deadline=None, derandomize=True)
-PATHS = ["cpu"]
+PATHS = ["cpu"] + ["cpp"] * bool(shutil.which("c++") and shutil.which("ninja"))
 
 def judge(x, E, D, b, k, scale, select, out, G):
     "Result and gradients of x, E, D, b, out in float64, for the sets that the float32 (or lower) pre-activations choose."
