@@ -134,18 +134,18 @@ def _keep(z, k, scale, select):
     values *= scale
     return True
 
-def _write_rows(y, values, indices, decoder):
-    "y += the chosen rows of decoder, weighted."
+def _write_rows(y, values, indices, decoder, beta=1.):
+    "y = beta * y + the chosen rows of decoder, weighted."
     (n, k), m = indices.shape, decoder.shape[0]
-    if n == 1: return y.addmm_(values, decoder.index_select(0, indices[0]))
-    if _few_skipped(m, k) and _sound(decoder): return y.addmm_(_scattered(indices.long(), values, m), decoder)
-    return _add_product(y, _starts(n, k), indices.view(-1), values.view(-1), decoder)
+    if n == 1: return y.addmm_(values, decoder.index_select(0, indices[0]), beta=beta)
+    if _few_skipped(m, k) and _sound(decoder): return y.addmm_(_scattered(indices.long(), values, m), decoder, beta=beta)
+    return _add_product(y, _starts(n, k), indices.view(-1), values.view(-1), decoder, beta)
 
 # %% ../nbs/50_kernels.ipynb #2b5e14f1
-def _write_all(y, z, decoder, scale, select):
+def _write_all(y, z, decoder, scale, select, beta):
     "k is all: nothing to choose."
     values = z.relu_() if select == "relu" else z
-    y.addmm_(values * scale, decoder)
+    y.addmm_(values * scale, decoder, beta=beta)
     return values,None
 
 def _pick(z, k, select):
@@ -154,26 +154,26 @@ def _pick(z, k, select):
     values = z.gather(1, indices.long())
     return values.relu_() if select == "relu" else values,indices
 
-def _forward_rows(x, encoder, decoder, bias, y, k, scale, select, train):
-    "One block of rows: y += the update, in place. Returns values (n, k) and indices (n, k; None: all of them), or nothing if not `train`."
+def _forward_rows(x, encoder, decoder, bias, y, k, scale, select, train, beta):
+    "One block of rows, in place: y = beta * y + the update. Returns values (n, k) and indices (n, k; None: all), or nothing if not `train`."
     z = F.linear(x, encoder, bias)
     if z.dtype != y.dtype: z = z.to(y.dtype)
     n, m = z.shape
-    if k == m: return _write_all(y, z, decoder, scale, select)
-    if not train and (_few_skipped(m, k) or max(n, m) <= 64) and _sound(decoder) and _keep(z, k, scale, select): return y.addmm_(z, decoder)
+    if k == m: return _write_all(y, z, decoder, scale, select, beta)
+    if not train and (_few_skipped(m, k) or max(n, m) <= 64) and _sound(decoder) and _keep(z, k, scale, select): return y.addmm_(z, decoder, beta=beta)
     values,indices = _pick(z, k, select)
-    _write_rows(y, values * scale, indices, decoder)
+    _write_rows(y, values * scale, indices, decoder, beta)
     return values,indices
 
 # %% ../nbs/50_kernels.ipynb #cd8abfe6
-def cpu_forward(x, encoder, decoder, bias, y, k, scale, select, train=True, rows=_forward_rows):
-    "y += scale * D·TopK(E·x + bias), in place. Returns the values (n, k) and the indices (n, k; None if k is all) that the backward pass needs."
+def cpu_forward(x, encoder, decoder, bias, y, k, scale, select, train=True, beta=1., rows=_forward_rows):
+    "y = beta * y + scale * D·TopK(E·x + bias), in place; beta is 1, or 0 for a y that is not filled yet. Returns the values (n, k) and the indices (n, k; None if k is all) that the backward pass needs."
     n, step = x.shape[0], max(256, (1 << 22) // encoder.shape[0])                       # 16 MiB of pre-activations at a time
-    if n <= step and x.dtype == decoder.dtype == y.dtype == torch.float32: return rows(x, encoder, decoder, bias, y, k, scale, select, train)
+    if n <= step and x.dtype == decoder.dtype == y.dtype == torch.float32: return rows(x, encoder, decoder, bias, y, k, scale, select, train, beta)
     dtype = _work_dtype(x, decoder)
-    decoder, into = decoder.to(dtype), y if y.dtype == dtype else torch.zeros(y.shape, dtype=dtype)
-    parts = [rows(x[i:i + step], encoder, decoder, bias, into[i:i + step], k, scale, select, train) for i in range(0, n, step)]
-    if into is not y: y.add_(into)
+    decoder, into = decoder.to(dtype), y if y.dtype == dtype else torch.empty(y.shape, dtype=dtype)
+    parts = [rows(x[i:i + step], encoder, decoder, bias, into[i:i + step], k, scale, select, train, beta if into is y else 0.) for i in range(0, n, step)]
+    if into is not y: (y.add_ if beta else y.copy_)(into)
     if not train: return
     values,indices = zip(*parts)
     return torch.cat(values),None if indices[0] is None else torch.cat(indices)
@@ -254,7 +254,8 @@ def _gradients(ctx, G):
     x, encoder, decoder, values, indices = ctx.saved_tensors
     with _no_autocast(x.device.type):
         dx, dE, dD, db = ctx.core.backward(_flat(G), _flat(x), encoder, decoder, values, indices, *ctx.call, ctx.needs_input_grad[:4])
-    return None if dx is None else dx.view(x.shape),dE,dD,db,G if ctx.needs_input_grad[4] else None,None,None,None,None,None
+    if dx is not None: dx.resize_(x.shape)   # not a view: autograd adds the frozen layer's gradient to it in place only if nobody else holds its memory
+    return dx,dE,dD,db,G if ctx.needs_input_grad[4] else None,None,None,None,None,None
 
 _once = once_differentiable(_gradients)      # with create_graph the result says that there is no second derivative
 
@@ -299,13 +300,13 @@ def _backend(tensors):
 # %% ../nbs/50_kernels.ipynb #0efae512
 def _few_tokens(x, encoder, decoder, k, scale, bias, out):
     "out += the update of up to 16 tokens, without gradients: a step of text generation. False, and nothing done, if that needs the general way."
-    m = encoder.shape[0]
-    if (torch.is_grad_enabled() or not (x.dtype == encoder.dtype == decoder.dtype == out.dtype == torch.float32 and out.is_cpu and k < m and scale)
+    m, one = encoder.shape[0],x.numel() == encoder.shape[1]
+    if (torch.is_grad_enabled() or not (one or m <= 64) or not (x.dtype == encoder.dtype == decoder.dtype == out.dtype == torch.float32 and out.is_cpu and k < m and scale)
         or not (x.is_contiguous() and out.is_contiguous()) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
         or _obstacle("cpu", (x, encoder, decoder, out))): return False
     z, out = F.linear(x.view(-1, encoder.shape[1]), encoder, bias),out.view(-1, decoder.shape[1])
-    if z.shape[0] > 1:
-        if not (m <= 64 and _sound(decoder) and _keep(z, k, scale, "abs")): return False
+    if not one:
+        if not (_sound(decoder) and _keep(z, k, scale, "abs")): return False
         out.addmm_(z, decoder)
     elif m <= 64 and _sound(decoder):
         rank = sorted(map(abs, *z.tolist()), reverse=True)                             # so few numbers are sorted before NumPy has been called
@@ -347,9 +348,9 @@ OPS = "stan_nb" if __name__ == "stan_nb.kernels" else "stan_nb_lesson" # a lesso
 
 @torch.library.custom_op(f"{OPS}::update", mutates_args=())
 def _update(x:Tensor, encoder:Tensor, decoder:Tensor, bias:Tensor|None, k:int, scale:float, select:str)->tuple[Tensor, Tensor, Tensor]:
-    y = x.new_zeros(len(x), decoder.shape[1], dtype=_work_dtype(x, decoder))
-    if not x.numel(): return y,y.new_empty(len(x), k),y.new_empty(len(x), k, dtype=torch.int32)
-    values,indices = CORES[_backend([x, encoder, decoder])].forward(x, encoder, decoder, bias, y, k, scale, select)
+    y = x.new_empty(len(x), decoder.shape[1], dtype=_work_dtype(x, decoder))
+    if not x.numel(): return y.zero_(),y.new_empty(len(x), k),y.new_empty(len(x), k, dtype=torch.int32)
+    values,indices = CORES[_backend([x, encoder, decoder])].forward(x, encoder, decoder, bias, y, k, scale, select, beta=0.)
     return y,values,x.new_empty(0, dtype=torch.int32) if indices is None else indices
 
 @_update.register_fake
@@ -580,7 +581,7 @@ def _triton_write(y, values, indices, table, scale, add):
     _write_kernel[(n, -(-d // BD))](y, values, indices, table, n, d, scale, values.shape[1], BD, add)
     return y
 
-def triton_forward(x, encoder, decoder, bias, y, k, scale, select, train=True):
+def triton_forward(x, encoder, decoder, bias, y, k, scale, select, train=True, beta=1.):
     "As `cpu_forward`. Values are kept in x's dtype, indices in 16 bits if they fit."
     _load_triton()
     m, x, decoder = encoder.shape[0], x.contiguous(), decoder.contiguous()
@@ -588,9 +589,9 @@ def triton_forward(x, encoder, decoder, bias, y, k, scale, select, train=True):
     if k == m: values,indices,kept = F.linear(x, encoder, bias),None,None
     else: values,indices,kept = _triton_select(x, encoder.contiguous(), bias, k, select, same and _few_gathered(m, k), _fusable(x, m))
     if k == m and select == "relu": values.relu_()
-    if k == m and not same: y.add_((scale * values.float()) @ decoder.float())
-    elif k == m or kept is not None: y.addmm_(values if k == m else kept, decoder, alpha=scale)
-    else: _triton_write(y, values, indices, decoder, scale, True)
+    if k == m and not same: (y.add_ if beta else y.copy_)((scale * values.float()) @ decoder.float())
+    elif k == m or kept is not None: y.addmm_(values if k == m else kept, decoder, alpha=scale, beta=beta)
+    else: _triton_write(y, values, indices, decoder, scale, beta != 0)
     return values,indices
 
 def _few_gathered(m, k): return m <= 64 * k # tensor cores multiply so much faster than rows are gathered
@@ -785,10 +786,11 @@ def _function(name, dtype):
 
 def _call(name, dtype, tensors, *numbers): _function(name, dtype)(*(None if t is None else t.data_ptr() for t in tensors), *numbers)
 
-def _cpp_rows(x, encoder, decoder, bias, y, k, scale, select, train):
+def _cpp_rows(x, encoder, decoder, bias, y, k, scale, select, train, beta):
     z = F.linear(x, encoder, bias).to(y.dtype)
     (n, m), d, decoder = z.shape, decoder.shape[1], decoder.contiguous()
-    if k == m: return _write_all(y, z, decoder, scale, select)
+    if k == m: return _write_all(y, z, decoder, scale, select, beta)
+    if beta == 0: y.zero_()
     if n * m <= 4096:                                                                  # few rows: one call for everything
         values, indices = z.new_empty(n, k),z.new_empty(n, k, dtype=torch.int32)
         _call("forward", y.dtype, (z, decoder, y, values, indices), n, m, k, d, scale, ("abs", "value", "relu").index(select))
@@ -797,7 +799,7 @@ def _cpp_rows(x, encoder, decoder, bias, y, k, scale, select, train):
         _call("write", y.dtype, (y, values * scale, indices, decoder), n, k, d, torch.get_num_threads())
     return values,indices
 
-def cpp_forward(*call): return cpu_forward(*call, rows=_cpp_rows)
+def cpp_forward(*call, **options): return cpu_forward(*call, **options, rows=_cpp_rows)
 
 # %% ../nbs/50_kernels.ipynb #51489ea7
 def _cpp_gradients(G, x, encoder, decoder, values, indices, scale, relu, needs):
