@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # Arguments of pip for torch, installed before all else. With CUDA, `SYSTEM_TORCH=1 make …` keeps the torch you have.
 TORCH  ?= torch==2.13.0
 
-.PHONY: setup demo test test-all evidence lab notebooks readme docs clean
+.PHONY: setup demo test test-all bench evidence lab notebooks readme docs clean
 
 setup: $(READY)
 
@@ -29,8 +29,14 @@ test-all: $(READY)   ## the same with the long counts
 	$(BIN)/nbdev-test --n-workers 2 --do-print --timing
 	$(BIN)/python -m pytest tests -m "slow or not slow"
 
+bench: $(READY)      ## STAN beside LoRA on this CPU: the ratio tables, under 6 minutes
+	$(BIN)/python benchmarks/cpu.py
+
 evidence: $(READY)   ## everything that is stored rather than made live: results files, and the adapter that comes with the package
 	$(BIN)/python benchmarks/tune_text.py
+	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/compile_kernels.py
+	$(BIN)/python benchmarks/efficiency.py
 	$(BIN)/stan-nb demo --overwrite --out runs/evidence
 	cp runs/evidence/results.json stan_nb/data/results/text_demo.json
 	rm -rf stan_nb/data/runs/minilm-docstrings && cp -r runs/evidence/stan-0 stan_nb/data/runs/minilm-docstrings

@@ -301,7 +301,8 @@ def _backend(tensors):
 def _few_tokens(x, encoder, decoder, k, scale, bias, out):
     "out += the update of up to 16 tokens, without gradients: a step of text generation. False, and nothing done, if that needs the general way."
     m, one = encoder.shape[0],x.numel() == encoder.shape[1]
-    if (torch.is_grad_enabled() or not (one or m <= 64) or not (x.dtype == encoder.dtype == decoder.dtype == out.dtype == torch.float32 and out.is_cpu and k < m and scale)
+    simple = (one or m <= 64) and k < m and scale and x.shape[-1] == encoder.shape[1] and out.shape[-1] == decoder.shape[1]
+    if (not simple or torch.is_grad_enabled() or not (x.dtype == encoder.dtype == decoder.dtype == out.dtype == torch.float32 and out.is_cpu)
         or not (x.is_contiguous() and out.is_contiguous()) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
         or _obstacle("cpu", (x, encoder, decoder, out))): return False
     z, out = F.linear(x.view(-1, encoder.shape[1]), encoder, bias),out.view(-1, decoder.shape[1])

@@ -1,13 +1,15 @@
 "Every fast path of sparse_adapt against one judge: the sets that topk_indices chooses, everything else by the formula in float64."
-import copy, math, shutil, subprocess, sys
+import copy, math, os, shutil, subprocess, sys
 from importlib.util import find_spec
 import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.testing import assert_close
+from conftest import ROOT
 from stan_nb import kernels
 from stan_nb.layer import StanAdapter, StanLinear, adapt, gives_away, named_adapters
+from stan_nb.runs import load_results
 from stan_nb.topk import BACKENDS, SELECTS, explain, reference_adapt, set_backend, sparse_adapt, topk_indices
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -441,6 +443,10 @@ def test_backends_by_name():
     with set_backend("reference"): assert explain(x, E, D, 4) == "reference"
     for bad in (dict(k=17), dict(k=0), dict(select="top")):
         with pytest.raises(ValueError): sparse_adapt(x, E, D, **{"k": 4, "scale": 1.} | bad)
+    with torch.no_grad():
+        for wrong in (torch.randn(2, 6), torch.randn(4, 24)):
+            for inplace in (False, True):
+                with pytest.raises(RuntimeError): sparse_adapt(wrong, E, D, 4, 1., out=torch.zeros(len(wrong), 10), inplace=inplace)
     layer = wrapped()
     assert layer.adapter.explain(x) == explain(x, layer.adapter.encoder, layer.adapter.decoder, 4)
 
@@ -458,3 +464,19 @@ def test_without_mkl_the_answers_are_the_same(monkeypatch):
         y = sparse_adapt(*inputs, 4, 1., out=out)
         results.append([y.detach(), *torch.autograd.grad(y, inputs, G)])
     for a, b in zip(*results): assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+def test_the_kernels_compile_for_cards_that_are_not_here():
+    "Spills, shared memory, size, time and bytes: the script's own limits."
+    pytest.importorskip("triton")
+    env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "compile_kernels.py", "--check"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(card in done.stdout for card in ("sm_75", "sm_80", "sm_90"))
+
+def test_the_gpu_script_runs_without_a_gpu(tmp_path):
+    "On tiny tensors, interpreted: that its checks pass and its file holds every row."
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu.py", "--dry", "--out", tmp_path], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = tmp_path.glob("*.json")
+    assert {"forward", "training step"} <= {r["what"] for r in load_results(path)["rows"]}
