@@ -24,7 +24,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftT
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from safetensors.torch import save_file
 from torch import nn
-from .layer import StanAdapter, in_out_features
+from .layer import StanAdapter, gives_away, in_out_features
 from .topk import check_k, check_select
 
 # %% ../nbs/13_peft.ipynb #7dab0194
@@ -202,11 +202,13 @@ class Linear(nn.Module, StanLayer):
         **kwargs,
     )->torch.Tensor: # shape (..., out_features), the base layer's dtype
         "The frozen layer, plus every active adapter, or plus the adapter named for each row."
-        out = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters: return out
+        base,adapters = self.base_layer,self.stan_sae
+        out = base(x, *args, **kwargs)
+        if self._disable_adapters: return out
         if adapter_names is not None: return self._mixed_batch(x, out, adapter_names)
+        own = gives_away(base)
         for name in self.active_adapters:
-            if name in self.stan_sae: out = self.stan_sae[name](x, out)
+            if name in adapters: out,own = adapters[name](x, out, inplace=own),True
         return out
 
     def _mixed_batch(self, x, out, adapter_names):
@@ -217,7 +219,7 @@ class Linear(nn.Module, StanLayer):
         for name in dict.fromkeys(adapter_names):
             if name not in self.stan_sae: continue
             rows = [i for i,n in enumerate(adapter_names) if n == name]
-            out[rows] = self.stan_sae[name](x[rows], out[rows])
+            out[rows] = self.stan_sae[name](x[rows], out[rows], inplace=True)
         return out
 
     def __repr__(self): return "stan." + super().__repr__()

@@ -1,11 +1,12 @@
 "Shared by all tests: where the repository is, and a small reader of the notebooks."
-import json, os, re
+import json, os, re, shutil
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")          # no test needs the hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if shutil.which("nvidia-smi") is None: os.environ.setdefault("TRITON_INTERPRET", "1")   # Triton's kernels run without a GPU, slowly
 ROOT = Path(__file__).resolve().parent.parent
 
 
