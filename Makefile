@@ -5,8 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 # Arguments of pip for torch, installed before all else. With CUDA, `SYSTEM_TORCH=1 make …` keeps the torch you have.
 TORCH  ?= torch==2.13.0
+# What the site serves itself: MathJax and its fonts, from npm.
+MATHJAX := docs/_vendor/mathjax/tex-chtml.js
 
-.PHONY: setup demo test test-all bench evidence lab notebooks readme docs clean
+.PHONY: setup demo test test-all bench evidence verify lab notebooks readme docs docs-serve clean
 
 setup: $(READY)
 
@@ -32,14 +34,12 @@ test-all: $(READY)   ## the same with the long counts
 bench: $(READY)      ## STAN beside LoRA on this CPU: the ratio tables, under 6 minutes
 	$(BIN)/python benchmarks/cpu.py
 
-evidence: $(READY)   ## everything that is stored rather than made live: results files, and the adapter that comes with the package
-	$(BIN)/python benchmarks/tune_text.py
-	$(BIN)/python benchmarks/cpu.py
-	$(BIN)/python benchmarks/compile_kernels.py
-	$(BIN)/python benchmarks/efficiency.py
-	$(BIN)/stan-nb demo --overwrite --out runs/evidence
-	cp runs/evidence/results.json stan_nb/data/results/text_demo.json
+evidence: $(READY)   ## everything that is stored rather than made live: results files, each by the command it names, and the adapter that comes with the package
+	$(BIN)/stan-nb evidence
 	rm -rf stan_nb/data/runs/minilm-docstrings && cp -r runs/evidence/stan-0 stan_nb/data/runs/minilm-docstrings
+
+verify: $(READY)     ## run a random tenth of the stored results again and compare
+	$(BIN)/stan-nb verify
 
 lab: $(READY)        ## open the course in JupyterLab
 	$(BIN)/jupyter lab nbs
@@ -50,8 +50,19 @@ notebooks: $(READY)  ## run the lessons in order and store their outputs
 readme: $(READY)     ## README.md from nbs/index.ipynb
 	$(BIN)/python docs/readme.py
 
-docs: $(READY)       ## the lessons as a site in docs/_build
-	$(BIN)/sphinx-build -q -c docs nbs docs/_build
+docs: $(READY) $(MATHJAX) ## the lessons as a site in docs/_build/html
+	$(BIN)/python docs/bridge.py
+	$(BIN)/sphinx-build -n -W --keep-going -q -c docs -d docs/_build/doctrees docs/_src docs/_build/html
+
+docs-serve: docs     ## the site at http://localhost:8000
+	$(BIN)/python -m http.server --directory docs/_build/html 8000
+
+$(MATHJAX): docs/package-lock.json
+	npm ci --prefix docs --no-audit --no-fund --silent
+	@mkdir -p docs/_vendor/mathjax/fonts/mathjax-newcm-font docs/_vendor/mathjax/input/tex
+	cd docs/node_modules && cp -r mathjax/a11y mathjax/tex-chtml.js ../_vendor/mathjax && cp -r mathjax/input/tex/extensions ../_vendor/mathjax/input/tex
+	cp -r docs/node_modules/@mathjax/mathjax-newcm-font/chtml docs/_vendor/mathjax/fonts/mathjax-newcm-font
+	@touch $@
 
 clean:
-	rm -rf docs/_build dist build .pytest_cache .hypothesis
+	rm -rf docs/_build docs/_src docs/_vendor docs/node_modules dist build .pytest_cache .hypothesis

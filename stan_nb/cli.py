@@ -1,4 +1,4 @@
-"""Seven commands, each a function of a few lines, and one HTML file that says what was measured.
+"""Ten commands, each a function of a few lines, and one HTML file that says what was measured.
 
 Docs: https://stan-nb.github.io/stan_nb/cli.html.md"""
 
@@ -9,7 +9,8 @@ __all__ = ['COMMANDS', 'BAD_INPUT', 'QUIET', 'TITLES', 'command', 'build_parser'
            'one_line', 'complain', 'cmd_settings', 'cmd_train', 'open_model', 'cmd_eval', 'cmd_predict', 'answers',
            'open_runs', 'measured', 'compared', 'spread', 'difference', 'verdict', 'smoothed', 'plot_training',
            'activity', 'by_word', 'choose_latents', 'top_words', 'word_parts', 'latent_parts', 'score_parts',
-           'training_parts', 'origin_parts', 'report', 'cmd_report', 'cmd_demo', 'cmd_assets']
+           'training_parts', 'origin_parts', 'report', 'cmd_report', 'cmd_demo', 'cmd_compare', 'numbers', 'cmd_verify',
+           'cmd_evidence', 'cmd_assets']
 
 # %% ../nbs/70_cli.ipynb #f36fb8e7
 import inspect, json, os, re, shlex, shutil, statistics, sys, warnings
@@ -131,8 +132,8 @@ def complain(text, code):
 
 # %% ../nbs/70_cli.ipynb #3bff09f9
 def how_to_go_on(argv):
-    "What to type to go on after Ctrl-C, for the two commands that can."
-    if not argv or argv[0] not in ("train", "demo"): return ""
+    "What to type to go on after Ctrl-C, for the commands that can."
+    if not argv or argv[0] not in ("train", "demo", "compare"): return ""
     again = [word for word in argv if word != "--overwrite"]
     if argv[0] == "train" and "--resume" not in again: again.append("--resume")
     return f" Go on with: stan-nb {shlex.join(again)}"
@@ -144,7 +145,7 @@ def closed_pipe():
 
 def overview():
     "What `stan-nb` prints when nothing is asked."
-    first = [name for name in ("demo", "train", "eval", "predict", "report") if name in COMMANDS]
+    first = [name for name in ("demo", "compare", "train", "eval", "predict", "report") if name in COMMANDS]
     rows = [f"  {name:<9} {inspect.getdoc(COMMANDS[name]).splitlines()[0]}" for name in dict.fromkeys([*first, *COMMANDS])]
     return "\n".join(["usage: stan-nb COMMAND ...", "", "Sparse adaptation of frozen models: train, evaluate, open up, compare.", "", "commands:", *rows, "",
                       "  stan-nb COMMAND --help says more; STAN_DEBUG=1 shows the traceback of an error."])
@@ -187,9 +188,10 @@ def cmd_train(
     from stan_nb.train import train_run
     path = Path(out or f"runs/{'-'.join(filter(None, [wanted.modality, wanted.task, wanted.method]))}-s{wanted.seed}")
     found = train_run(wanted, path, resume=resume, overwrite=overwrite)
-    print(Table([{"method": wanted.method, "trainable": f"{found['trainable']:,}", **{f"test {name}": round(value, 4) for name, value in found["test"].items()},
-                       f"{found['unit']}/s": round(found["tokens_per_s"]), "peak MiB": round(found["peak_mib"])}]))
-    print(f"\nkept in {path}; next: stan-nb eval {path}, or stan-nb report {path}")
+    scores = {f"{split} {name}": round(value, 4) for split, found_there in {"test": found["test"], **found["more"]}.items() for name, value in found_there.items()}
+    print(Table([{"method": wanted.method, "trainable": f"{found['trainable']:,}", **scores,
+                  f"{found['unit']}/s": round(found["tokens_per_s"]), "peak MiB": round(found["peak_mib"])}]))
+    print(f"\ndata: {Run.open(path).info['source']}\nkept in {path}; next: stan-nb eval {path}, or stan-nb report {path}")
 
 # %% ../nbs/70_cli.ipynb #aa00bf35
 def open_model(
@@ -208,14 +210,15 @@ def open_model(
 @command
 def cmd_eval(
     run:str,              # a run folder
-    split:str="test",     # train, valid or test
+    split:str="test",     # train, valid, test, or a further split of the data
     device:str="auto",    # auto, cpu, cuda or mps
 ):
     "The metrics of a trained run, computed anew."
-    if split not in ("train", "valid", "test"): raise ValueError(f"split = {split!r} is not known: allowed is one of train, valid, test")
     task, model = open_model(run, device)
     from stan_nb.task import evaluate
-    found = evaluate(task, model, task.load_data()[split])
+    data = task.load_data()
+    if split not in data: raise ValueError(f"split = {split!r} is not known: allowed is one of {', '.join(data)}.{near(split, data)}")
+    found = evaluate(task, model, data[split])
     print(Table([dict(split=split, metric=name, value=round(value, 4)) for name, value in found.items()]))
 
 # %% ../nbs/70_cli.ipynb #1cf26dfd
@@ -267,7 +270,7 @@ def natural(path):
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 # %% ../nbs/70_cli.ipynb #f1b3abf5
-TITLES = dict(head="base", lora="LoRA", stan="STAN", adalora="AdaLoRA", full="full")
+TITLES = dict(head="base", lora="LoRA", stan="STAN", adalora="AdaLoRA", sora="SoRA", full="full")
 
 def measured(
     runs:list,  # of Run
@@ -314,12 +317,9 @@ def difference(
     shared = set.intersection(*({row["seed"] for row in rows if row["variant"] == v} for v in (a, b)))
     if not shared: return dict(mean=None, sd=None, n=0, per_seed={}, low=None, high=None, text="no common seed")
     found = paired_difference([row for row in rows if row["seed"] in shared], a, b, "score", by="variant")
-    low = high = None
-    if found["n"] > 1:
-        from scipy.stats import t
-        reach = t.ppf(.975, found["n"] - 1) * found["sd"] / found["n"]**.5
-        low, high = found["mean"] - reach, found["mean"] + reach
-    return {**found, "low": low, "high": high, "text": spread(found["mean"], found["sd"], "+")}
+    from stan_nb.protocol import paired_interval
+    interval = paired_interval(found["per_seed"].values())
+    return {**found, "low": interval["t_low"], "high": interval["t_high"], "text": spread(found["mean"], found["sd"], "+")}
 
 # %% ../nbs/70_cli.ipynb #2ea2d293
 def verdict(
@@ -599,6 +599,7 @@ def cmd_report(
 def cmd_demo(
     seeds:int=3,                   # how many, from 0
     out:str="runs/demo",           # where the runs go, one folder each
+    results:str="",                # the file for the numbers; empty: results.json in that folder
     methods:str="head,lora,stan",  # comma separated
     modality:str="text",           # what to train on
     scale:str="embedded",          # embedded, colab or paper
@@ -611,6 +612,7 @@ def cmd_demo(
     if resume and overwrite: raise ValueError("choose one of --resume and --overwrite")
     plan = {Path(out)/f"{method}-{seed}": settings(modality, scale, **overrides, method=method, seed=seed) for seed in range(seeds) for method in methods.split(",")}
     ready(plan, overwrite)
+    import torch
     from stan_nb.train import train_run
     for path, wanted in plan.items():
         if (path/"run.json").exists() and "result" in Run.open(path).info: print(f"{path}: finished before, reused", flush=True)
@@ -619,8 +621,10 @@ def cmd_demo(
     rows = measured(runs)
     print(f"\n{Table(compared(rows))}\n\n" + "\n".join(verdict(rows)))
     report([run.path for run in runs], Path(out)/"report.html")
-    save_results(Path(out)/"results.json", rows, command_line(), list(range(seeds)), {run.info["method"]: run.settings for run in runs}, rows[0]["corpus_hash"])
-    print(f"\nadapters: {out}/*/adapter\nreport:   {Path(out)/'report.html'}\nnumbers:  {Path(out)/'results.json'}")
+    numbers = Path(results or Path(out)/"results.json")
+    save_results(numbers, rows, command_line(), list(range(seeds)), {run.info["method"]: run.settings for run in runs}, rows[0]["corpus_hash"],
+                 threads=torch.get_num_threads())
+    print(f"\nadapters: {out}/*/adapter\nreport:   {Path(out)/'report.html'}\nnumbers:  {numbers}")
 
 cmd_demo.fixed = ("method", "seed")
 
@@ -636,6 +640,57 @@ def ready(plan, overwrite):
         if changed: raise ValueError(f"{path} was run with other settings ({changed}): --overwrite starts anew, --out FOLDER keeps both")
     for path, wanted in plan.items():
         if overwrite and path.exists(): shutil.rmtree(Run.create(path, wanted, overwrite=True).path)
+
+# %% ../nbs/70_cli.ipynb #e8c1d5a4
+@command
+def cmd_compare(
+    modality:str,                  # what to train on: toy, text, ...
+    methods:str="lora,stan",       # comma separated, each with settings of its own if need be: "lora, stan k=8"
+    seeds:str="0,1,2",             # scored on test, once; empty: only tune
+    grid:str="",                   # what to try: "lr=1e-3,2e-3 scaling=1,4"; | joins parts, ; starts the next stage; empty: 3 lr x 3 scalings
+    scale:str="embedded",          # embedded, colab or paper
+    tune_seeds:str="100",          # of the search; the second and later ones are run for the finalists only
+    finalists:int=2,               # settings of each method that get the other tune seeds
+    against:str="",                # the yardstick; empty: lora, or else the first
+    out:str="",                    # the results file to write
+    cache:str="runs/cache",        # finished runs; the same command goes on where it was stopped
+    processes:int=1,               # runs at a time; tokens/s are then those of a shared machine
+    tolerance:float=.03,           # how far a repetition may be off, for `stan-nb verify`
+    **overrides,
+):
+    "Tune methods over one grid, then compare them on fresh seeds."
+    from stan_nb.protocol import compare
+    found = compare(methods, modality, seeds=numbers("seeds", seeds), grid=grid or None, scale=scale, tune_seeds=numbers("tune_seeds", tune_seeds), finalists=finalists,
+                    against=against, cache=cache, processes=processes, out=out, tolerance=tolerance, say=lambda line: print(line, flush=True), **overrides)
+    print(f"\n{found.table()}\n\n" + "\n".join(found.verdict() + ([f"numbers: {out}"] if out else [])))
+
+cmd_compare.fixed = ("method", "seed")
+
+def numbers(name, text):
+    "Whole numbers from `1,2,3`. Raises ValueError for anything else."
+    try: return tuple(int(word) for word in text.split(",")) if text.strip() else ()
+    except ValueError: raise ValueError(f"{name} = {text!r} is not a list of whole numbers such as 0,1,2") from None
+
+# %% ../nbs/70_cli.ipynb #af196e8f
+@command
+def cmd_verify(
+    names:positional("*"), # results files; none: all that come with the package
+    share:float=.1,        # of their rows, between 0 and 1
+    seed:int=-1,           # of the choice; negative: today's date
+):
+    "Run a random part of the stored results again, and say whether they hold."
+    from stan_nb.protocol import verify
+    found = verify(names, share, None if seed < 0 else seed, say=lambda line: print(line, flush=True))
+    print(f"\n{found}\n\n{sum(row['ok'] for row in found)} of {len(found)} lie within their tolerance")
+    return int(not all(row["ok"] for row in found))
+
+@command
+def cmd_evidence(
+    names:positional("*"), # results files of the package; none: all
+):
+    "Make the stored results anew, each by its own command."
+    from stan_nb.protocol import evidence
+    for command in evidence(names, say=print): print("made by:", command)
 
 # %% ../nbs/70_cli.ipynb #7714f9e5
 @command

@@ -1,4 +1,4 @@
-"""Five ways to adapt the same frozen model, each built from one number: how many parameters it may train.
+"""Six ways to adapt the same frozen model, each built from one number: how many parameters it may train.
 
 Docs: https://stan-nb.github.io/stan_nb/methods.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://stan-nb.github.io/stan_nb/methods.html.md"""
 # %% auto #0
 __all__ = ['METHODS', 'in_head', 'target_names', 'unit_costs', 'lora_budget', 'spend', 'Method', 'count_parameters', 'base_hash',
            'read_tensors', 'same_tensors', 'WholeTensors', 'Full', 'Head', 'PeftMethod', 'Lora', 'Stan', 'AdaLora',
-           'get_method', 'method_from_settings']
+           'Sora', 'get_method', 'method_from_settings']
 
 # %% ../nbs/15_methods.ipynb #42adcd77
 import copy, dataclasses, hashlib, json, math, re, warnings
@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from .layer import in_out_features
 from .peft import StanConfig
 from .settings import Settings, in_range, near
+from .sora import THRESHOLDS, SoraConfig, gate_penalty, gates, prox_step, prune, sora_layers
 from .topk import check_select
 
 # %% ../nbs/15_methods.ipynb #e5f0e4ce
@@ -105,7 +106,8 @@ class Method:
     "How a frozen model is adapted. Subclasses are dataclasses whose fields are the method's options."
     name, chosen, base, head = "", {}, "", ()
     def __post_init__(self):
-        for option, allowed in dict(k="[1, inf)", scaling="(0, inf)", dropout="[0, 1)", start="(1, inf)", orthogonal="[0, inf)").items():
+        for option, allowed in dict(k="[1, inf)", scaling="(0, inf)", dropout="[0, 1)", start="(1, inf)", orthogonal="[0, inf)",
+                                    xi="[0, inf)", pull="[0, inf)").items():
             value = getattr(self, option, None)
             if value is None or in_range(value, allowed): continue
             raise ValueError(f"{option} = {value!r} is out of range: allowed is {allowed}")
@@ -122,6 +124,7 @@ class Method:
     def penalty(self, model): "A scalar tensor to add to the loss, or None."
     def after_step(self, model, step): "Called after step number `step` (from 1) of the optimizer, while gradients are still there."
     def settled(self, step): return True  # may the model of this step be kept as the best? not while AdaLoRA is above its budget
+    def finish(self, model): "Called once, after training with the best model in place and before it is scored on test and saved."
     def state_dict(self): return {}       # whatever a checkpoint must hold besides the trained tensors
     def load_state_dict(self, state): "Take back what `state_dict` gave."
 
@@ -432,8 +435,53 @@ def expected(self:AdaLora, twin):
             tensors[key] = tensors[key][:, :sum(mask)] if part == "lora_B" else tensors[key][:sum(mask)]
     return tensors
 
+# %% ../nbs/15_methods.ipynb #c45d9f64
+@dataclass
+class Sora(PeftMethod):
+    "SoRA: B diag(g) A with as many ranks as LoRA has; a threshold after each step sets gates to 0, and their ranks are dropped at the end."
+    name = "sora"
+    scaling:float=2.      # alpha / r
+    dropout:float=0.      # on the adapter's input
+    xi:float=3e-4         # how far each step takes a gate towards 0, whatever the learning rate
+    pull:float=10/576     # weight of each |gate| in the loss
+    prox:str="soft"       # "soft" (the paper) or "official" (the authors' code)
+    def __post_init__(self):
+        super().__post_init__()
+        if self.prox not in THRESHOLDS: raise ValueError(f"prox = {self.prox!r} is not known: allowed is one of {', '.join(THRESHOLDS)}")
+    def config(self, units, shared):
+        rank = min(units.values())
+        pattern = _pattern(units, rank)
+        self.chosen = dict(rank=rank) | ({"more": sum(n - rank for n in units.values())} if pattern else {})
+        return SoraConfig(r=rank, scaling=self.scaling, sora_dropout=self.dropout, rank_pattern=pattern, **shared)
+    def build(self, model, targets, budget, head=()):
+        model = super().build(model, targets, budget, head)
+        ranks, first = sum(map(len, gates(model).values())), self.chosen["trainable"]
+        self.chosen |= dict(ranks=ranks, starts_with=first, trainable=first - ranks, off_by=round((first - ranks) / budget - 1, 5))
+        return model
+    def penalty(self, model): return self.pull * self.chosen["ranks"] * gate_penalty(model) if self.pull else None
+    def after_step(self, model, step): prox_step(model, self.xi, self.prox)
+
+# %% ../nbs/15_methods.ipynb #4d284fc1
+@patch
+def param_groups(self:Sora, model, lr, head_lr=0., weight_decay=0.):
+    own = {id(gate) for gate in gates(model).values()}
+    groups = []
+    for group in Method.param_groups(self, model, lr, head_lr, weight_decay):
+        for mine in (False, True):
+            parameters = [p for p in group["params"] if (id(p) in own) == mine]
+            if parameters: groups.append(group | dict(params=parameters))
+    return groups
+
+@patch
+def finish(self:Sora, model):
+    "Drop the ranks whose gate is 0; `chosen` says how many are left, and what they cost."
+    left = prune(model)
+    layers = sora_layers(model)
+    kept = sum(rank * (layers[name].in_features + layers[name].out_features) for name, rank in left.items())
+    self.chosen |= dict(ranks_left=sum(left.values()), kept=kept)
+
 # %% ../nbs/15_methods.ipynb #893c73d1
-METHODS = {cls.name: cls for cls in (Stan, Lora, AdaLora, Full, Head)}
+METHODS = {cls.name: cls for cls in (Stan, Lora, AdaLora, Sora, Full, Head)}
 
 def get_method(
     name:str,  # one of METHODS

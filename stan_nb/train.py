@@ -301,15 +301,18 @@ def resume(self:Job):
     if self.mine: self.mine.rewind(self.at.step)
 
 @patch
-def finish(self:Job, test, memory):
-    "Put the best model back, score it on test, and report."
+def finish(self:Job, data, memory):
+    "Put the best model back, score it on test (if there is one) and on every further split, and report."
     if self.best: restore(self.model, self.best)
-    scores = evaluate(self.task, self.model, test, progress=False, accelerator=self.accelerator)
+    count = count_parameters(self.model, self.method.head)
+    self.method.finish(self.model)
+    look = lambda split: evaluate(self.task, self.model, data[split], progress=False, accelerator=self.accelerator)
+    scores, more = look("test") if "test" in data else None, {split: look(split) for split in data if split not in ("train", "valid", "test")}
     self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False).eval()
-    return dict(metric=self.task.metric, test=scores, valid=self.at.best, best_step=self.at.best_step, steps=self.at.step,
+    return dict(metric=self.task.metric, test=scores, more=more, valid=self.at.best, best_step=self.at.best_step, steps=self.at.step,
                 seconds=round(self.at.seconds, 3), unit=self.task.unit, tokens_per_s=round(self.at.units / self.at.seconds, 1),
                 peak_mib=round(memory.mib, 1), peak_kind=memory.kind, device=str(self.accelerator.device),
-                processes=self.plan.processes, **count_parameters(self.model, self.method.head))
+                processes=self.plan.processes, **count)
 
 # %% ../nbs/21_train.ipynb #84d48aa9
 def _check_finite(step, loss, norm, lr, accelerator, kept):
@@ -327,7 +330,7 @@ def fit(
     settings:Settings,
     run:Run|None=None,    # where to log and keep checkpoints; None: nowhere
     resume:bool=False,    # go on from the run's checkpoint, if there is one
-    data=None,            # splits train, valid, test; None: task.load_data()
+    data=None,            # splits train, valid, test; None: task.load_data(). Without test, none is scored
     accelerator=None,     # None: `make_accelerator(settings)`
     save_every:float=120.,# seconds between checkpoints; there is one at each evaluation besides
     progress:bool=True,   # show a bar
@@ -351,7 +354,7 @@ def fit(
             if due or asked or time.perf_counter() - saved > save_every: saved = job.save()
             if asked: raise KeyboardInterrupt(f"stopped at step {step} of {plan.total}; {job.kept()}")
             clock = time.perf_counter()
-    return job.finish(data["test"], memory)
+    return job.finish(data, memory)
 
 # %% ../nbs/21_train.ipynb #bd1584a5
 def train_run(
@@ -361,6 +364,7 @@ def train_run(
     overwrite:bool=False,  # replace the run that is there
     save_every:float=120., # seconds between checkpoints
     progress:bool=True,    # show a bar
+    look:bool=True,        # score the test split at the end; not while settings are still being searched
 )->dict:                   # what `fit` returned; it is run.json's "result", too
     "The whole job, from settings to an adapter on disk. All input is checked before the run folder is made or changed."
     path = Path(path)
@@ -368,6 +372,7 @@ def train_run(
     accelerator = make_accelerator(settings)
     task = get_task(settings.modality)(settings)
     data, model = task.load_data(), task.build_model()
+    if not look: data = {split: data[split] for split in ("train", "valid")}
     targets, head, method = task.targets(model), task.head(model), method_from_settings(settings)
     budget = lora_budget(model, targets, settings.rank, head)
     seed_all(settings.seed)
@@ -383,7 +388,7 @@ def train_run(
     result = fit(task, model, method, settings, run, resume, data, accelerator, save_every, progress)
     if accelerator.is_main_process:
         with atomic_folder(run.adapter) as folder: method.save(model, folder)
-        run.update(result=result)
+        run.update(result=result, chosen=method.chosen)
         shutil.rmtree(run.checkpoints/"last")
     accelerator.wait_for_everyone()
     return result

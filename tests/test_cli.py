@@ -275,7 +275,7 @@ def little(tmp_path_factory):
 ASKED = ["sort the nodes | sort item", "draw a curve|add", "<b> & graphs | remove item"]
 
 
-@pytest.mark.parametrize("method", ["stan", "lora", "head"])
+@pytest.mark.parametrize("method", ["stan", "lora", "sora", "head"])
 def test_a_fresh_process_predicts_the_same_logits(little, tmp_path, monkeypatch, method):
     from stan_nb import methods
     from stan_nb.text import TextTask

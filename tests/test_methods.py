@@ -8,9 +8,10 @@ from torch import nn
 
 from stan_nb.methods import METHODS, count_parameters, base_hash, get_method, lora_budget, method_from_settings, spend, target_names, unit_costs
 from stan_nb.settings import settings
+from stan_nb.sora import gates
 
 HEAD = ["head"]
-PEFT = ["stan", "lora", "adalora"]
+PEFT = ["stan", "lora", "adalora", "sora"]
 
 
 class Net(nn.Module):
@@ -37,12 +38,12 @@ def built(name, budget=None, seed=0, **options):
     return method, method.build(net, "all-linear", budget or lora_budget(net, "all-linear", 4, HEAD), HEAD)
 
 
-@pytest.mark.parametrize("name, budget", [*((n, b) for n in PEFT for b in (1020, 1700, 2050, 5000)), *((n, b) for n in PEFT[:2] for b in (815, 1900, 2295))])
+@pytest.mark.parametrize("name, budget", [*((n, b) for n in PEFT for b in (1020, 1700, 2050, 5000)), *((n, b) for n in PEFT if n != "adalora" for b in (815, 1900, 2295))])
 def test_budget_is_met(name, budget):
     options = dict(k=2) if name == "stan" else {}
     method, model = built(name, budget, **options)
     assert abs(method.chosen["trainable"] / budget - 1) <= .01
-    if name != "adalora": assert count_parameters(model, HEAD)["adapter"] == method.chosen["trainable"]
+    if name != "adalora": assert count_parameters(model, HEAD)["adapter"] == method.chosen.get("starts_with", method.chosen["trainable"])
     scales = {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")} if name == "lora" else {2.}
     assert {round(s, 6) for s in scales} == {2.}
 
@@ -212,12 +213,50 @@ def test_adalora_needs_two_steps():
     with pytest.raises(ValueError, match="at least 2 steps"): method.prepare(model, 1)
 
 
+def test_sora_starts_at_the_budget_and_says_what_is_left(tmp_path):
+    method, model = built("sora", 2040, xi=5e-3)
+    lora = built("lora", 2040)[0]
+    assert (method.chosen["rank"], method.chosen["trainable"]) == (lora.chosen["rank"], lora.chosen["trainable"])
+    assert method.chosen["starts_with"] == count_parameters(model, HEAD)["adapter"] == method.chosen["trainable"] + method.chosen["ranks"]
+    groups = method.param_groups(model, lr=1e-2, weight_decay=.1)
+    own = [group for group in groups if {id(p) for p in group["params"]} & {id(g) for g in gates(model).values()}]
+    assert len(own) == 1 and len(own[0]["params"]) == 3 and own[0]["weight_decay"] == 0 and own[0]["lr"] == 1e-2     # alone, and never decayed
+    method.prepare(model, 60)
+    optimizer = torch.optim.AdamW(groups)
+    x, y = torch.randn(64, 40), torch.randint(3, (64,))
+    for step in range(1, 61):
+        (nn.functional.cross_entropy(model(x), y) + method.penalty(model)).backward()
+        optimizer.step()
+        method.after_step(model, step)
+        optimizer.zero_grad()
+    alive, before = sum(int(g.count_nonzero()) for g in gates(model).values()), model(x)
+    method.finish(model)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert 0 < method.chosen["ranks_left"] == alive < method.chosen["ranks"]
+    assert method.chosen["kept"] == count_parameters(model, HEAD)["adapter"] - alive < method.chosen["trainable"]
+    method.save(model, tmp_path)
+    other = get_method("sora")
+    assert torch.equal(other.load(Net(), tmp_path, "all-linear", HEAD).eval()(x), model.eval()(x)) and other.chosen == method.chosen
+
+
+def test_sora_pulls_a_gate_as_hard_in_a_small_model_as_in_a_large_one():
+    pulls = []
+    for budget in (1020, 5100):
+        method, model = built("sora", budget, pull=.25)
+        method.penalty(model).backward()
+        pulls += [g.grad.abs() for g in gates(model).values()]
+    torch.testing.assert_close(torch.cat(pulls), torch.full_like(torch.cat(pulls), .25))
+    assert built("sora", pull=0.)[0].penalty(None) is None
+
+
 def test_names_and_options():
     with pytest.raises(ValueError, match="Did you mean 'lora'"): get_method("lorra")
     with pytest.raises(TypeError, match="lora has no option 'k'"): get_method("lora", k=3)
-    for name, options in (("stan", dict(k=0)), ("stan", dict(select="most")), ("lora", dict(scaling=float("nan"))), ("lora", dict(dropout=1.)), ("adalora", dict(start=1.))):
+    for name, options in (("stan", dict(k=0)), ("stan", dict(select="most")), ("lora", dict(scaling=float("nan"))), ("lora", dict(dropout=1.)), ("adalora", dict(start=1.)),
+                          ("sora", dict(xi=-1.)), ("sora", dict(pull=float("inf"))), ("sora", dict(prox="hard"))):
         with pytest.raises(ValueError, match=f"{list(options)[0]}.* (allowed is|must be one of)"): get_method(name, **options)
     method = method_from_settings(settings("toy", k=3, scaling=4., method="stan", dropout=.1, encoder_bias=True, select="relu"))
     assert (method.k, method.scaling, method.dropout, method.encoder_bias, method.select) == (3, 4., .1, True, "relu")
+    assert method_from_settings(settings("toy", method="sora", xi=.01)).xi == .01
     for rank in (0, -1):
         with pytest.raises(ValueError, match="rank = "): lora_budget(Net(), "all-linear", rank)

@@ -8,6 +8,7 @@ import stan_nb.train as train
 from stan_nb.methods import METHODS, method_from_settings, lora_budget
 from stan_nb.runs import Run
 from stan_nb.settings import settings
+from stan_nb.sora import gates
 from stan_nb.task import Task, ToyTask, evaluate
 from stan_nb.train import fit, make_plan, seed_all, train_run
 
@@ -15,7 +16,7 @@ CHILD = """
 import sys
 from stan_nb.settings import settings
 from stan_nb.train import train_run
-train_run(settings("toy", method=sys.argv[2], eval_every=20, epochs=3), sys.argv[1], resume=True, save_every=0., progress=False)
+train_run(settings("toy", method=sys.argv[2], xi=4e-3, eval_every=20, epochs=3), sys.argv[1], resume=True, save_every=0., progress=False)
 """
 
 
@@ -53,10 +54,10 @@ def kill_and_resume(path, method, kills):
     assert "result" not in Run.open(path).info
 
 
-@pytest.mark.parametrize("method, kills", [("stan", 2), pytest.param("adalora", 20, marks=pytest.mark.slow), pytest.param("stan", 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method, kills", [("stan", 2), ("sora", 2), pytest.param("adalora", 20, marks=pytest.mark.slow), pytest.param("sora", 20, marks=pytest.mark.slow), pytest.param("stan", 20, marks=pytest.mark.slow)])
 def test_kill_and_resume(method, kills, tmp_path):
     kill_and_resume(tmp_path / "killed", method, kills)
-    experiment = settings("toy", method=method, eval_every=20, epochs=3)
+    experiment = settings("toy", method=method, xi=4e-3, eval_every=20, epochs=3)
     train_run(experiment, tmp_path / "killed", resume=True, progress=False)
     train_run(experiment, tmp_path / "whole", progress=False)
     assert left(tmp_path / "killed") == left(tmp_path / "whole")
@@ -65,7 +66,7 @@ def test_kill_and_resume(method, kills, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupt_and_resume(method, number, tmp_path, monkeypatch):
-    experiment = settings("toy", method=method, eval_every=15, epochs=2, dropout=.1, grad_accum=2, train_size=1000)
+    experiment = settings("toy", method=method, xi=4e-3, eval_every=15, epochs=2, dropout=.1, grad_accum=2, train_size=1000)
     train_run(experiment, tmp_path / "whole", progress=False)
     step_itself = train.train_step
 
@@ -89,6 +90,17 @@ def test_the_best_model_is_kept(tmp_path):
     scores = {row["step"]: row["valid_accuracy"] for row in run.history() if "valid_accuracy" in row}
     assert result["valid"]["accuracy"] == max(scores.values()) == scores[result["best_step"]] and result["best_step"] < result["steps"]
     assert evaluate(task, model, task.load_data()["valid"], progress=False) == result["valid"]
+
+
+def test_what_sora_saves_is_what_was_scored(tmp_path):
+    experiment = settings("toy", method="sora", rank=8, xi=4e-3, lr=.03)
+    result = train_run(experiment, tmp_path / "run", progress=False)
+    chosen = Run.open(tmp_path / "run").info["chosen"]
+    assert 0 < chosen["ranks_left"] < chosen["ranks"] == 16 and chosen["kept"] < chosen["trainable"] == 8 * (48 + 64)
+    assert result["adapter"] == chosen["starts_with"]                             # what was trained, not what is left of it
+    task, model = Task.from_run(tmp_path / "run")
+    assert sum(len(gate) for gate in gates(model).values()) == chosen["ranks_left"]
+    assert evaluate(task, model, task.load_data()["test"], progress=False) == result["test"]
 
 
 def test_evaluation_does_not_change_training(tmp_path):

@@ -1,0 +1,144 @@
+"What a reader meets: every page whole and by itself, search, pictures that move by mouse and keyboard, two grounds, a narrow screen, and no barriers."
+import json, re
+from urllib.parse import urljoin, urlparse
+
+import pytest
+
+from conftest import BUILT, ROOT
+
+AXE = ROOT / "docs" / "node_modules" / "axe-core" / "axe.min.js"
+SLIDER = ".live input[type=range]"
+LEAKS = re.compile(r"\\\(|:::|\{py:|\{eq\}|#\||\{target|\{\{<|@fig-|\{#fig|\{\{repository|\{\.promise")
+
+
+def test_every_page_is_whole(visit, pages):
+    "No error, nothing asked of others, maths set, images described, links that lead somewhere, no markup shown as text."
+    wrong, page = [], visit("index.html")
+    assert len(pages) > 25
+    for name in [*pages, "genindex.html", "search.html"]:
+        page.goto(urljoin(page.url, f"/{name}"), wait_until="networkidle")
+        facts = page.evaluate("""() => ({
+            text: [...document.querySelectorAll('article')].map(a => { const c = a.cloneNode(true); c.querySelectorAll('pre, code, script').forEach(n => n.remove()); return c.textContent }).join(' '),
+            formulas: document.querySelectorAll('span.math, div.math').length, set: document.querySelectorAll('mjx-container').length, failed: document.querySelectorAll('mjx-merror').length,
+            silent: [...document.images].filter(i => !i.alt.trim()).map(i => i.src), broken: [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src),
+            links: [...document.querySelectorAll('a[href]')].map(a => a.href), title: document.title })""")
+        leaks = LEAKS.findall(facts["text"])
+        if leaks: wrong.append(f"{name}: {leaks[:3]} shown as text")
+        if facts["failed"] or facts["set"] < facts["formulas"]: wrong.append(f"{name}: {facts['set']} of {facts['formulas']} formulas are set, {facts['failed']} failed")
+        if facts["silent"] or facts["broken"]: wrong.append(f"{name}: images without alt {facts['silent'][:2]}, or broken {facts['broken'][:2]}")
+        for link in {urlparse(link)._replace(fragment="").path for link in facts["links"] if link.startswith(page.url.rsplit("/", 1)[0].split("/api")[0])}:
+            if not (BUILT / (link.strip("/") or "index.html")).is_file(): wrong.append(f"{name}: a link to {link}")
+        if page.trouble: wrong.append(f"{name}: {page.trouble}")
+        page.trouble.clear()
+    assert wrong == []
+
+
+def test_lessons_lead_to_colab_and_to_their_notebook(visit):
+    page = visit("layer.html")
+    links = {a.inner_text(): a.get_attribute("href") for a in page.query_selector_all(".buttons a")}
+    assert links["Open in Colab"].endswith("/blob/main/nbs/11_layer.ipynb") and links["Open in Colab"].startswith("https://colab.research.google.com/github/")
+    assert links["View source"].endswith("/blob/main/nbs/11_layer.ipynb")
+    stored = page.request.get(urljoin(page.url, links["Download notebook"]))
+    assert stored.ok and stored.body() == (ROOT / "nbs" / "11_layer.ipynb").read_bytes()
+    assert page.locator(".prev-next-footer a, .prev-next-area a").count() == 2 and page.locator("button.copybtn").count() > 10
+    assert page.get_attribute("meta[name=description]", "content") == "Wrap any frozen linear layer, and adapt a model of your own in one call."
+
+
+def test_search_finds_a_term(visit):
+    page = visit("search.html?q=subspace")
+    page.wait_for_selector("ul.search li p.context")
+    assert not LEAKS.search(page.inner_text("ul.search"))
+    assert any("TopK" in item.inner_text() for item in page.query_selector_all("ul.search li a")) and not page.trouble
+
+
+def test_a_lost_reader_is_told(visit):
+    page = visit("nowhere.html")
+    assert "There is no such page" in page.inner_text("h1") and page.get_attribute("a", "href") == "/stan_nb/"
+
+
+def test_the_home_pages_slider_moves_by_mouse_and_by_key(visit):
+    page = visit("index.html")
+    said, handle = page.locator(".live output"), page.locator(SLIDER)
+    before, filled = said.inner_text(), page.locator(".live svg rect:not([fill=none])").count()
+    handle.focus()
+    page.keyboard.press("ArrowRight")
+    assert said.inner_text() != before and page.locator(".live svg rect:not([fill=none])").count() == filled + 1
+    box = handle.bounding_box()
+    page.mouse.click(box["x"] + 2, box["y"] + box["height"] / 2)
+    assert said.inner_text().startswith("k = 1 of 16: one of 16 sets")
+    page.locator(".live select").select_option("value")
+    assert page.locator(".live svg").first.get_attribute("aria-label").startswith("16 latents as bars; kept:")
+    assert not page.trouble
+
+
+def test_k_equal_to_the_number_of_latents_is_lora(visit):
+    page = visit("index.html")
+    page.locator(SLIDER).focus()
+    page.keyboard.press("End")
+    circles = [(c.get_attribute("cx"), c.get_attribute("cy")) for c in page.query_selector_all(".live circle")]
+    assert len(circles) == 2 and circles[0] == circles[1] and "k = 16 of 16: one of 1 sets · 100%" in page.inner_text(".live output")
+
+
+def test_the_planes_turn(visit):
+    page = visit("viz.html")
+    picture = page.locator(".live", has_text="the same")
+    place = lambda: [c.get_attribute("cx") for c in picture.locator("circle").all()][:10]
+    before = place()
+    picture.locator("input").focus()
+    for _ in range(5): page.keyboard.press("ArrowRight")
+    turned = place()
+    assert turned != before
+    svg = picture.locator("svg").first
+    svg.scroll_into_view_if_needed()
+    box = svg.bounding_box()
+    page.mouse.move(box["x"] + 50, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 120, box["y"] + 50, steps=4)
+    page.mouse.up()
+    assert place() != turned and not page.trouble
+
+
+def test_a_token_walks(visit):
+    page = visit("viz.html")
+    picture = page.locator(".live", has=page.locator("button"))
+    picture.locator("input").focus()
+    page.keyboard.press("Home")
+    assert picture.locator("output").inner_text().startswith("A token arrives")
+    picture.locator("button").click()
+    page.wait_for_function("document.querySelector('.live button').closest('.live').querySelector('output').textContent.startsWith('Encoder')")
+    assert picture.locator("button").inner_text() == "pause"
+    picture.locator("button").click()
+    assert picture.locator("button").inner_text() == "play" and not page.trouble
+
+
+def test_without_javascript_there_is_a_picture(visit):
+    page = visit("index.html", java_script_enabled=False)
+    still = page.locator(".live img")
+    assert still.is_visible() and "latents" in still.get_attribute("alt") and page.locator(SLIDER).count() == 0
+
+
+def test_the_ground_is_remembered(visit):
+    page = visit("index.html")
+    ground = lambda: page.evaluate("document.documentElement.dataset.theme")
+    page.locator("button.theme-switch-button:visible").first.click()
+    page.locator("button.theme-change-button[data-mode=dark]:visible").first.click()
+    assert ground() == "dark"
+    page.goto(urljoin(page.url, "/layer.html"), wait_until="networkidle")
+    assert ground() == "dark"
+
+
+def test_nothing_hangs_over_on_a_phone(visit, pages):
+    page, wide = visit("index.html", width=375), []
+    for name in pages:
+        page.goto(urljoin(page.url, f"/{name}"), wait_until="networkidle")
+        if page.evaluate("document.documentElement.scrollWidth") > 375: wide.append(name)
+    assert wide == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["index.html", "viz.html", "layer.html", "api/layer.html", "search.html?q=latent", "404.html"])
+def test_no_barriers(visit, name, theme):
+    page = visit(name, theme=theme, bypass_csp=True)
+    page.add_script_tag(content=AXE.read_text())
+    found = page.evaluate("axe.run().then(r => r.violations.filter(v => ['serious', 'critical'].includes(v.impact)).map(v => [v.id, v.nodes.length, v.nodes.slice(0, 3).map(n => n.html.slice(0, 200) + ' ' + (n.any[0]?.message ?? ''))]))")
+    assert found == [], json.dumps(found, indent=1)
