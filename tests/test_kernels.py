@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.testing import assert_close
-from conftest import ROOT
+from course import ROOT
 from stan_nb import kernels
 from stan_nb.layer import StanAdapter, StanLinear, adapt, gives_away, named_adapters
 from stan_nb.runs import load_results

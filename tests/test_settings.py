@@ -4,7 +4,7 @@ import json, math, subprocess, sys
 import pytest
 from hypothesis import given, strategies as st
 
-from conftest import ROOT
+from course import ROOT
 from stan_nb import settings as room
 from stan_nb.settings import Settings, Table, describe, in_range, sections, settings, settings_file
 
