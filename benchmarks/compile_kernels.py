@@ -160,7 +160,7 @@ def main():
     print(rows)
     bad = [f"{row['kernel']} on {row['card']} {why}" for row in rows for why in complaints(row)]
     if not args.check and not bad:
-        save_results(args.out, [row | dict(seed=0) for row in rows], "python benchmarks/compile_kernels.py", [0],
+        save_results(args.out, [row | dict(seed=0) for row in rows], "python benchmarks/compile_kernels.py --out stan_nb/data/results/kernels_compiled.json", [0],
                      dict(width=D, limits=LIMITS, shared=SHARED), triton=triton.__version__)
     if bad: sys.exit("\n".join(bad))
 

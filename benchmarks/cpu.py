@@ -255,7 +255,7 @@ def main():
             rows += json.loads(Path(folder, "rows.json").read_text())
     show(rows)
     print(f"\n{time.time() - start:.0f} s, torch {torch.__version__}, one thread")
-    save_results(args.out, rows, "python benchmarks/cpu.py", [0], dict(threads=1, rounds=args.rounds, raised=RAISED), seconds=round(time.time() - start))
+    save_results(args.out, rows, "python benchmarks/cpu.py --out stan_nb/data/results/speed_cpu.json", [0], dict(threads=1, rounds=args.rounds, raised=RAISED), seconds=round(time.time() - start))
 
 
 if __name__ == "__main__": main()

@@ -1,20 +1,23 @@
 """What `51_efficiency` shows: ways to adapt a model beside each other, what changes with the sizes, and how fast this machine is at all.
 
-    python benchmarks/efficiency.py          # about 10 minutes; writes stan_nb/data/results/efficiency.json
+    python benchmarks/efficiency.py          # about 10 minutes on a quiet machine; writes stan_nb/data/results/efficiency.json
 
-One thread, CPU time, in turns, rotating inputs, glibc's malloc thresholds raised (see benchmarks/cpu.py, which also has the default ones).
+One thread, CPU time with wall time beside it, in turns, rotating inputs, glibc's malloc thresholds raised (see benchmarks/cpu.py, which also has the
+default ones). "no adapter" lets gradients pass through and learns nothing: no adapter can be faster. "LoRA in place" is the control: LoRA's products
+without PEFT's temporaries. Peak memory is that of a process that does nothing else.
 """
-import argparse, copy, itertools, os, resource, subprocess, sys, time, warnings
+import argparse, itertools, os, resource, subprocess, sys, time, warnings
 from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+import peft
 import torch
 import torch.nn.functional as F
-from torch import nn
-from cpu import RAISED, TURNS, adapted, encoder, llama
+from cpu import RAISED, TURNS, encoder, llama
 from stan_nb import kernels
 from stan_nb.measure import compare_speed, efficiency_table
 from stan_nb.methods import get_method, lora_budget
+from stan_nb.peft import StanConfig
 from stan_nb.runs import save_results
 from stan_nb.topk import sparse_adapt
 
@@ -23,23 +26,28 @@ RANK, K, WIDE, WIDE_K = 16, 4, 1536, 32
 SAME_WORK = (WIDE + 5 * WIDE_K) // 6                          # the rank at which LoRA's training step has as many multiply-adds: 6 r = m + 5 k
 
 
+def passed(model, targets):
+    "No adapter: gradients pass through the model as they would with one, and nothing is learned."
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
+    return model
+
+
+def stan(m, k): return lambda model, targets: peft.get_peft_model(model, StanConfig(num_latents=m, k=k, alpha=2 * k, target_modules=targets, init_weights=False))
+
+
+def lora(r, **more): return lambda model, targets: peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, **more))
+
+
 def narrow():
     "name -> how to build it, at the parameters of LoRA with rank 16."
-    import peft
-    from stan_nb.peft import StanConfig
-    stan = lambda m, k: lambda model, targets: peft.get_peft_model(model, StanConfig(num_latents=m, k=k, alpha=2 * k, target_modules=targets, init_weights=False))
-    lora = lambda r, **more: lambda model, targets: peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, **more))
-    return {"LoRA (PEFT)": lora(RANK), "frozen": lambda model, targets: model, "LoRA in place": stan(RANK, RANK), "STAN": stan(RANK, K), "DoRA": lora(RANK, use_dora=True),
+    return {"LoRA (PEFT)": lora(RANK), "no adapter": passed, "LoRA in place": stan(RANK, RANK), "STAN": stan(RANK, K), "DoRA": lora(RANK, use_dora=True),
             "AdaLoRA": lambda model, targets: get_method("adalora").build(model, targets, lora_budget(model, targets, RANK))}
 
 
 def wide():
     "A dictionary of 1,536 latents, and LoRA with as many parameters and with as many multiply-adds."
-    import peft
-    from stan_nb.peft import StanConfig
-    lora = lambda r: lambda model, targets: peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets))
-    return {"LoRA, same parameters": lora(WIDE), "frozen": lambda model, targets: model, "LoRA, same multiply-adds": lora(SAME_WORK),
-            "STAN wide": lambda model, targets: peft.get_peft_model(model, StanConfig(num_latents=WIDE, k=WIDE_K, alpha=2 * WIDE_K, target_modules=targets, init_weights=False))}
+    return {"LoRA, same parameters": lora(WIDE), "no adapter": passed, "LoRA, same multiply-adds": lora(SAME_WORK), "LoRA in place, same parameters": stan(WIDE, WIDE),
+            "STAN wide": stan(WIDE, WIDE_K)}
 
 
 def build(make, how):
@@ -55,8 +63,8 @@ def model_rows(rounds):
     for name, make in (("MiniLM", encoder), ("Llama, width 512", llama)):
         for regime, methods in (("narrow", narrow()), ("wide", wide())):
             models = {method: build(make, how)[0] for method, how in methods.items()}
-            batch = dict(input_ids=torch.randint(0, 2000, (16, 64)))
-            for row in efficiency_table(models, batch, loss, tokens=1024, rounds=rounds):
+            batches = [dict(input_ids=torch.randint(0, 2000, (16, 64))) for _ in range(TURNS)]
+            for row in efficiency_table(models, batches, loss, tokens=1024, rounds=max(5, rounds - 2)):
                 peak = subprocess.run([sys.executable, __file__, "--peak", name, regime, row["model"]], capture_output=True, text=True, check=True).stdout
                 yield dict(table="models", base=name, regime=regime) | row | dict(peak_mib=float(peak))
 
@@ -65,7 +73,7 @@ def peak(name, regime, method):
     "Resident memory of a process that does nothing but train this, at its highest: MiB above what it was with the model built."
     model, words = build(dict(zip(("MiniLM", "Llama, width 512"), (encoder, llama)))[name], {"narrow": narrow, "wide": wide}[regime]()[method])
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    for _ in range(3):
+    for _ in range(2):
         out = loss(model.train()(input_ids=torch.randint(0, words, (16, 64))))
         if out.requires_grad: out.backward()
         model.zero_grad()
@@ -74,8 +82,8 @@ def peak(name, regime, method):
 
 # how it changes with the sizes
 
-def adapter_ratio(d, n, m, k, rounds):
-    "{what: {name: ratio to PEFT's LoRA}} of the adapter alone."
+def adapter_times(d, n, m, k, rounds):
+    "{forward, forward + backward: rows of `compare_speed`} for the adapter alone, milliseconds of one call."
     xs = itertools.cycle([(torch.randn(n, d).requires_grad_(), torch.randn(n, d)) for _ in range(TURNS)])
     A, B = (torch.randn(m, d) / d**.5).requires_grad_(), (torch.randn(d, m) / d**.5).requires_grad_()
     Bt, G, many = B.detach().T.contiguous().requires_grad_(), torch.randn(n, d), max(1, 64 // n)
@@ -92,7 +100,8 @@ def adapter_ratio(d, n, m, k, rounds):
                 x, out = next(xs)
                 torch.autograd.grad(f(x, out), (x, *parameters), G)
         return call
-    return {"forward": compare_speed({name: forward(f) for name, (f, p) in ways.items()}, rounds), "forward + backward": compare_speed({name: both(f, p) for name, (f, p) in ways.items()}, rounds)}
+    times = {"forward": compare_speed({name: forward(f) for name, (f, p) in ways.items()}, rounds), "forward + backward": compare_speed({name: both(f, p) for name, (f, p) in ways.items()}, rounds)}
+    return {what: [row | {clock: row[clock] / many for clock in ("ms", "wall_ms")} for row in rows] for what, rows in times.items()}
 
 
 def sweep_rows(rounds):
@@ -101,19 +110,29 @@ def sweep_rows(rounds):
              "tokens": [(d, n, m, k) for n in (1, 4, 16, 64, 256, 1024, 4096)], "width": [(d, n, m, k) for d in (128, 256, 512, 1024, 2048)]}
     for along, points in plans.items():
         for point in points:
-            for what, rows in adapter_ratio(*point, rounds).items():
-                for row in rows: yield dict(table="sweep", along=along, what=what) | dict(zip(("d", "n", "m", "k"), point)) | {name: row[name] for name in ("name", "ms", "ratio", "low", "high")}
+            for what, rows in adapter_times(*point, rounds).items():
+                for row in rows: yield dict(table="sweep", along=along, what=what) | dict(zip(("d", "n", "m", "k"), point)) | {name: row[name] for name in ("name", "ms", "wall_ms", "ratio", "low", "high")}
 
 
 def machine_row():
-    "Multiply-adds and bytes that this machine gets through, in a second of one thread."
-    n, d, m, k = 2048, 768, 64, 8
-    x, E, out, z = torch.randn(n, d), torch.randn(m, d), torch.randn(n, d), torch.randn(n, m)
+    "What this machine gets through in a second of one thread: dense and sparse multiply-adds, latents to choose from, bytes; and the seconds that calls with next to no work take."
+    n, d, m, k = 1024, 768, 64, 8
+    xs, zs = (itertools.cycle([torch.randn(*shape) for _ in range(TURNS)]) for shape in ((n, d), (n, m)))
+    E, out, z = torch.randn(m, d), torch.randn(n, d), next(zs)
     indices = kernels.choose(z, k, "abs")
     values = z.gather(1, indices.long())
-    calls = {"dense": lambda: torch.mm(x, E.T), "sparse": lambda: kernels._add_product(out, kernels._starts(n, k), indices.view(-1), values.view(-1), E), "copy": lambda: out.copy_(x)}
-    ms = {row["name"]: row["ms"] for row in compare_speed(calls, 21)}
-    return dict(table="machine", dense=n * d * m / ms["dense"] * 1000, sparse=n * d * k / ms["sparse"] * 1000, bytes=8 * n * d / ms["copy"] * 1000)
+    tiny, A, few = torch.randn(1, 16), torch.randn(8, 16), range(100)
+    def stan():
+        with torch.no_grad():
+            for _ in few: sparse_adapt(tiny, A, A, 2, 2., out=tiny.clone(), inplace=True)
+    def lora():
+        with torch.no_grad():
+            for _ in few: tiny + F.linear(F.linear(tiny, A), A.T) * 2.
+    calls = {"dense": lambda: torch.mm(next(xs), E.T), "sparse": lambda: kernels._add_product(out, kernels._starts(n, k), indices.view(-1), values.view(-1), E),
+             "select": lambda: kernels.choose(next(zs), k, "abs"), "copy": lambda: out.copy_(next(xs)), "stan": stan, "lora": lora}
+    s = {row["name"]: row["ms"] / 1000 for row in compare_speed(calls, 41)}
+    return dict(table="machine", dense=n * d * m / s["dense"], sparse=n * d * k / s["sparse"], select=n * m / s["select"], bytes=8 * n * d / s["copy"],
+                stan_call=s["stan"] / len(few), lora_call=s["lora"] / len(few))
 
 
 def main():
@@ -131,7 +150,7 @@ def main():
     for part in (model_rows, sweep_rows):
         rows += part(args.rounds)
         print(f"{part.__name__}: {time.time() - start:.0f} s", flush=True)
-    save_results(args.out, [row | dict(seed=0) for row in rows], "python benchmarks/efficiency.py", [0],
+    save_results(args.out, [row | dict(seed=0) for row in rows], "python benchmarks/efficiency.py --out stan_nb/data/results/efficiency.json", [0],
                  dict(threads=1, rounds=args.rounds, raised=RAISED, rank=RANK, k=K, wide=WIDE, wide_k=WIDE_K, same_work=SAME_WORK, batch=[16, 64]), seconds=round(time.time() - start))
 
 

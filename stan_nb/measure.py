@@ -9,7 +9,7 @@ __all__ = ['parameters', 'timed', 'spread', 'latency', 'throughput', 'compare_sp
            'cost_table']
 
 # %% ../nbs/22_measure.ipynb #cadd165f
-import statistics, tempfile, time
+import itertools, statistics, tempfile, time
 from pathlib import Path
 import torch
 from torch import nn
@@ -87,7 +87,7 @@ def compare_speed(
     rounds:int=15,   # every function is timed once a round, after one round to warm up
     device="cpu",    # where they compute
     clock:str="cpu", # "cpu" (this process, all threads) or "wall"; a GPU needs "wall"
-)->Table:            # a row for each function: name, ms (median), ratio to the first (median), low, high (quartiles), rounds
+)->Table:            # a row for each function: name, ms (median by that clock), wall_ms (median), ratio to the first (median), low, high (quartiles), rounds
     "Times of several functions, taken in turns, and their ratios to the first. Raises ValueError for fewer than 3 rounds or another clock."
     if rounds < 3: raise ValueError(f"rounds = {rounds!r} is out of range: allowed is [3, inf)")
     if clock not in ("cpu", "wall"): raise ValueError(f"clock = {clock!r} is not known: allowed is cpu or wall")
@@ -95,12 +95,12 @@ def compare_speed(
     for number in range(rounds + 1):
         for name in names if number % 2 else reversed(names):
             wall, cpu = timed(functions[name], device)
-            if number: times[name].append(cpu if clock == "cpu" else wall)
+            if number: times[name].append((cpu if clock == "cpu" else wall, wall))
     rows = Table()
     for name in names:
-        ratio = spread([own / max(first, 1e-9) for own, first in zip(times[name], times[names[0]])])
-        rows.append(dict(name=name, ms=1000 * statistics.median(times[name]), ratio=ratio["median"], low=ratio["low"], high=ratio["high"],
-                         rounds=rounds))
+        ratio = spread([own / max(first, 1e-9) for (own, _), (first, _) in zip(times[name], times[names[0]])])
+        own, wall = (1000 * statistics.median(clocked) for clocked in zip(*times[name]))
+        rows.append(dict(name=name, ms=own, wall_ms=wall, ratio=ratio["median"], low=ratio["low"], high=ratio["high"], rounds=rounds))
     return rows
 
 # %% ../nbs/22_measure.ipynb #22416965
@@ -128,22 +128,23 @@ def file_kib(
 # %% ../nbs/22_measure.ipynb #d41a9f7a
 def efficiency_table(
     models:dict,          # name -> model; the first one is the yardstick of the ratios
-    batch:dict,           # keyword arguments that all models take: tensors, samples along the first dimension
+    batches:list,         # keyword arguments that all models take, tensors with samples along the first dimension; they take turns
     loss,                 # function of a model's output -> scalar
-    tokens:int,           # tokens (or samples) in the batch
+    tokens:int,           # tokens (or samples) in a batch
     job:int=10**6,        # tokens of the job whose hours are estimated
     rounds:int=7,         # every model is timed once a round, at least 3
     clock:str="cpu",      # "cpu" or "wall", see `compare_speed`
-)->Table: # a row for each model: trained, file KiB, ms a sample, ratio, tokens/s, ratio, hours, kept MiB
-    "What adapted models cost, measured in turns: one sample forward, and a training step without the optimizer. Raises ValueError as `compare_speed`."
-    one, device = {name: t[:1] for name, t in batch.items()}, next(iter(batch.values())).device
+)->Table: # a row for each model: trained, file KiB, ms/sample and tokens/s (each by the wall clock, too, with ratio, low, high), hours, kept MiB
+    "What adapted models cost, measured in turns: one sample forward, and a training step without the optimizer. Raises ValueError as `compare_speed`, and for no batches."
+    if not batches: raise ValueError("batches = [] holds no batch")
+    device, turn = next(iter(batches[0].values())).device, itertools.cycle(batches)
     def answer(model):
         def call():
-            with torch.no_grad(): model.eval()(**one)
+            with torch.no_grad(): model.eval()(**{name: t[:1] for name, t in next(turn).items()})
         return call
     def step(model):
         def call():
-            out = loss(model.train()(**batch))
+            out = loss(model.train()(**next(turn)))
             if out.requires_grad: out.backward()
             model.zero_grad()
         return call
@@ -152,8 +153,10 @@ def efficiency_table(
     rows = Table()
     for model, quick, slow in zip(models.values(), answers, steps):
         rows.append({"model": quick["name"], "trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "file KiB": file_kib(model),
-                     "ms/sample": quick["ms"], "ratio": quick["ratio"], "tokens/s": 1000 * tokens / slow["ms"], "speed ratio": 1 / slow["ratio"],
-                     "hours": job / tokens * slow["ms"] / 3.6e6, "kept MiB": kept_mib(lambda: loss(model.train()(**batch)))})
+                     "ms/sample": quick["ms"], "wall ms/sample": quick["wall_ms"], "latency ratio": quick["ratio"], "latency low": quick["low"], "latency high": quick["high"],
+                     "tokens/s": 1000 * tokens / slow["ms"], "wall tokens/s": 1000 * tokens / slow["wall_ms"], "speed ratio": 1 / slow["ratio"],
+                     "speed low": 1 / slow["high"], "speed high": 1 / slow["low"], "hours": job / tokens * slow["ms"] / 3.6e6,
+                     "kept MiB": kept_mib(lambda: loss(model.train()(**batches[0])))})
     return rows
 
 # %% ../nbs/22_measure.ipynb #78f119bd
