@@ -1,4 +1,4 @@
-"""Ten commands, each a function of a few lines, and one HTML file that says what was measured.
+"""Eleven commands, each a function of a few lines, and one HTML file that says what was measured.
 
 Docs: https://stan-nb.github.io/stan_nb/cli.html.md"""
 
@@ -9,8 +9,8 @@ __all__ = ['COMMANDS', 'BAD_INPUT', 'QUIET', 'TITLES', 'command', 'build_parser'
            'one_line', 'complain', 'cmd_settings', 'cmd_train', 'open_model', 'cmd_eval', 'cmd_predict', 'answers',
            'open_runs', 'measured', 'compared', 'spread', 'difference', 'verdict', 'smoothed', 'plot_training',
            'activity', 'by_word', 'choose_latents', 'top_words', 'word_parts', 'latent_parts', 'score_parts',
-           'training_parts', 'origin_parts', 'report', 'cmd_report', 'cmd_demo', 'cmd_compare', 'numbers', 'cmd_verify',
-           'cmd_evidence', 'cmd_assets']
+           'training_parts', 'origin_parts', 'report', 'cmd_report', 'cmd_demo', 'cmd_compare', 'numbers',
+           'cmd_reproduce', 'cmd_verify', 'cmd_evidence', 'cmd_assets']
 
 # %% ../nbs/70_cli.ipynb #f36fb8e7
 import inspect, json, os, re, shlex, shutil, statistics, sys, warnings
@@ -133,7 +133,7 @@ def complain(text, code):
 # %% ../nbs/70_cli.ipynb #3bff09f9
 def how_to_go_on(argv):
     "What to type to go on after Ctrl-C, for the commands that can."
-    if not argv or argv[0] not in ("train", "demo", "compare"): return ""
+    if not argv or argv[0] not in ("train", "demo", "compare", "reproduce"): return ""
     again = [word for word in argv if word != "--overwrite"]
     if argv[0] == "train" and "--resume" not in again: again.append("--resume")
     return f" Go on with: stan-nb {shlex.join(again)}"
@@ -145,7 +145,7 @@ def closed_pipe():
 
 def overview():
     "What `stan-nb` prints when nothing is asked."
-    first = [name for name in ("demo", "compare", "train", "eval", "predict", "report") if name in COMMANDS]
+    first = [name for name in ("demo", "compare", "train", "eval", "predict", "report", "reproduce") if name in COMMANDS]
     rows = [f"  {name:<9} {inspect.getdoc(COMMANDS[name]).splitlines()[0]}" for name in dict.fromkeys([*first, *COMMANDS])]
     return "\n".join(["usage: stan-nb COMMAND ...", "", "Sparse adaptation of frozen models: train, evaluate, open up, compare.", "", "commands:", *rows, "",
                       "  stan-nb COMMAND --help says more; STAN_DEBUG=1 shows the traceback of an error."])
@@ -670,6 +670,28 @@ def numbers(name, text):
     "Whole numbers from `1,2,3`. Raises ValueError for anything else."
     try: return tuple(int(word) for word in text.split(",")) if text.strip() else ()
     except ValueError: raise ValueError(f"{name} = {text!r} is not a list of whole numbers such as 0,1,2") from None
+
+# %% ../nbs/70_cli.ipynb #d8d28978
+@command
+def cmd_reproduce(
+    what:Annotated[str, {"choices": ["glue"]}], # the claimed table
+    scale:str="paper",             # embedded, colab or paper
+    methods:str="lora,stan",       # as for `compare`
+    seeds:str="0,1,2",             # scored on test, once
+    grid:str="",                   # as for `compare`
+    tflops:float=20.,              # 10^12 operations a second that the device sustains, for the estimate
+    plan:bool=False,               # print the estimate and stop
+    out:str="",                    # the results file to write
+    cache:str="runs/cache",        # finished runs; the same command goes on where it was stopped
+    **overrides,
+):
+    "Estimate what a cell of a claimed table takes, then run it and set it beside the claim."
+    from stan_nb.results import reproduce
+    task = overrides.pop("task", "") or settings("text", scale).task
+    reproduce(task, overrides.pop("backbone", ""), methods, scale, numbers("seeds", seeds), grid or None, tflops, say=lambda line: print(line, flush=True), start=not plan,
+              out=out, cache=cache, **overrides)
+
+cmd_reproduce.fixed = ("method", "seed")
 
 # %% ../nbs/70_cli.ipynb #af196e8f
 @command
