@@ -6,7 +6,7 @@ Docs: https://stan-nb.github.io/stan_nb/assets.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'ASSETS', 'DOCSTRINGS', 'problem', 'place', 'Wheel', 'Asset', 'cache_dir', 'get_asset', 'fetch', 'asset',
-           'verify', 'list_assets', 'summaries', 'corpus_hash', 'docstrings', 'shipped']
+           'verify', 'list_assets', 'summaries', 'corpus_hash', 'docstrings', 'shipped', 'local_data']
 
 # %% ../nbs/01_assets.ipynb #296e5e5e
 import ast, functools, hashlib, io, json, logging, os, shutil, subprocess, sys, tempfile, time, warnings, zipfile
@@ -330,3 +330,15 @@ def shipped(
     if name and (data/name).resolve().is_relative_to(data.resolve()) and (data/name).exists(): return data/name
     there = sorted(p.relative_to(data).as_posix() for p in data.rglob("*") if p.is_file() and not p.name.startswith("."))
     raise FileNotFoundError(f"stan_nb/data/{name} does not exist.{near(name, there)} There are {', '.join(there) or 'no files'}")
+
+# %% ../nbs/01_assets.ipynb #fcb60a08
+def local_data(
+    name:str, # of a data set, e.g. "gsm8k"
+)->Path|None: # its folder below $STAN_DATA; None if there is none, or no STAN_DATA
+    "A data set on this machine's own shelf. Raises FileNotFoundError if STAN_DATA names no folder."
+    shelf = os.environ.get("STAN_DATA")
+    if not shelf: return None
+    folder = (Path(str(files("stan_nb"))).parent/Path(shelf).expanduser()).resolve()
+    if not folder.is_dir(): raise FileNotFoundError(f"STAN_DATA = {shelf!r} is no folder: {folder} does not exist")
+    found = (folder/name).resolve()
+    return found if name and found != folder and found.is_relative_to(folder) and found.is_dir() else None
