@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 # What the site serves itself: MathJax and its fonts, from npm.
 MATHJAX := docs/_vendor/mathjax/tex-chtml.js
 
-.PHONY: setup demo test test-all evidence verify lab notebooks readme docs docs-serve clean
+.PHONY: setup demo test test-all bench evidence verify lab notebooks readme docs docs-serve clean
 
 setup: $(READY)
 
@@ -30,6 +30,9 @@ test: $(READY)       ## every test: notebooks in sync, clean and running, then p
 test-all: $(READY)   ## the same with the long counts
 	$(BIN)/nbdev-test --n-workers 2 --do-print --timing
 	$(BIN)/python -m pytest tests -m "slow or not slow"
+
+bench: $(READY)      ## STAN beside LoRA on this CPU: the ratio tables, under 6 minutes
+	$(BIN)/python benchmarks/cpu.py
 
 evidence: $(READY)   ## everything that is stored rather than made live: results files, each by the command it names, and the adapter that comes with the package
 	$(BIN)/stan-nb evidence

@@ -189,9 +189,10 @@ def cmd_train(
     from stan_nb.train import train_run
     path = Path(out or f"runs/{'-'.join(filter(None, [wanted.modality, wanted.task, wanted.method]))}-s{wanted.seed}")
     found = train_run(wanted, path, resume=resume, overwrite=overwrite, allow_code_execution=allow_code_execution)
-    print(Table([{"method": wanted.method, "trainable": f"{found['trainable']:,}", **{f"test {name}": round(value, 4) for name, value in found["test"].items()},
-                       f"{found['unit']}/s": round(found["tokens_per_s"]), "peak MiB": round(found["peak_mib"])}]))
-    print(f"\nkept in {path}; next: stan-nb eval {path}, or stan-nb report {path}")
+    scores = {f"{split} {name}": round(value, 4) for split, found_there in {"test": found["test"], **found["more"]}.items() for name, value in found_there.items()}
+    print(Table([{"method": wanted.method, "trainable": f"{found['trainable']:,}", **scores,
+                  f"{found['unit']}/s": round(found["tokens_per_s"]), "peak MiB": round(found["peak_mib"])}]))
+    print(f"\ndata: {Run.open(path).info['source']}\nkept in {path}; next: stan-nb eval {path}, or stan-nb report {path}")
 
 # %% ../nbs/70_cli.ipynb #aa00bf35
 def open_model(
@@ -211,21 +212,22 @@ def open_model(
 @command
 def cmd_eval(
     run:str,              # a run folder
-    split:str="test",     # train, valid or test
+    split:str="test",     # train, valid, test, or a further split of the data
     device:str="auto",    # auto, cpu, cuda or mps
     out:str="",           # where the examples go, one JSON object a line; empty: RUN/outputs/SPLIT.jsonl
     allow_code_execution:bool=False, # let the scores run code that the model wrote, for tasks that have such scores
     **overrides,
 ):
     "The metrics of a trained run, computed anew, with what it answered to each example; other data if told so."
-    if split not in ("train", "valid", "test"): raise ValueError(f"split = {split!r} is not known: allowed is one of train, valid, test")
     wrong = [name for name in overrides if not (name in DATA or name.startswith("opt."))]
     if wrong: raise ValueError(f"{wrong[0]} belongs to training: eval can change {', '.join(DATA)} and opt.NAME")
     task, model = open_model(run, device, **overrides)
     from stan_nb.task import predict_rows
     task.allow_code_execution = allow_code_execution
     task.check_scoring()
-    rows = task.load_data()[split]
+    data = task.load_data()
+    if split not in data: raise ValueError(f"split = {split!r} is not known: allowed is one of {', '.join(data)}.{near(split, data)}")
+    rows = data[split]
     predictions = predict_rows(task, model, rows)
     scores, records = task.metrics(predictions, task.references(rows)), task.records(rows, predictions)
     print(Table(scored(task, split, scores | (task.side_effects(model) if split == "test" else {}), records)))

@@ -24,7 +24,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftT
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from safetensors.torch import save_file
 from torch import nn
-from .layer import StanAdapter, in_out_features
+from .layer import StanAdapter, gives_away, in_out_features
 from .topk import check_k, check_select
 
 # %% ../nbs/13_peft.ipynb #7dab0194
@@ -155,6 +155,7 @@ class StanLayer(BaseTunerLayer):
         self.stan_sae = nn.ModuleDict() # adapter name -> StanAdapter
         self.stan_alpha = {}            # adapter name -> alpha as trained, see `set_scale`
         self._disable_adapters,self.merged_adapters = False,[]
+        self.cast_input_dtype_enabled = True # PEFT's helpers and diffusers' layerwise casting switch it
         self.in_features,self.out_features = _sizes(self.get_base_layer())
 
     def update_layer(self,
@@ -201,11 +202,13 @@ class Linear(nn.Module, StanLayer):
         **kwargs,
     )->torch.Tensor: # shape (..., out_features), the base layer's dtype
         "The frozen layer, plus every active adapter, or plus the adapter named for each row."
-        out = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters: return out
+        base,adapters = self.base_layer,self.stan_sae
+        out = base(x, *args, **kwargs)
+        if self._disable_adapters: return out
         if adapter_names is not None: return self._mixed_batch(x, out, adapter_names)
+        own = gives_away(base)
         for name in self.active_adapters:
-            if name in self.stan_sae: out = self.stan_sae[name](x, out)
+            if name in adapters: out,own = adapters[name](x, out, inplace=own),True
         return out
 
     def _mixed_batch(self, x, out, adapter_names):
@@ -216,7 +219,7 @@ class Linear(nn.Module, StanLayer):
         for name in dict.fromkeys(adapter_names):
             if name not in self.stan_sae: continue
             rows = [i for i,n in enumerate(adapter_names) if n == name]
-            out[rows] = self.stan_sae[name](x[rows], out[rows])
+            out[rows] = self.stan_sae[name](x[rows], out[rows], inplace=True)
         return out
 
     def __repr__(self): return "stan." + super().__repr__()
@@ -513,10 +516,17 @@ def from_pretrained(cls:StanConfig,
     return config
 
 # %% ../nbs/13_peft.ipynb #9e804c0f
+def _warn_of_patterns(config, names):
+    "Warn of pattern keys that fit no adapted layer; PEFT itself does so for alpha_pattern."
+    for name in ("latents_pattern", "k_pattern"):
+        idle = [key for key in getattr(config, name) if not any(get_pattern_key([key], n) == key for n in names)]
+        if idle: warnings.warn(f"{name}: {', '.join(map(repr, idle))} matched no adapted layer", RuntimeWarning)
+
 def _preflight(config, model, state_dict=None):
     "{name: sizes} of the modules about to be adapted. Raises ValueError for anything that would fail halfway."
     _resolve(config, model)
     sizes = _targets(config, model, state_dict and {k.rsplit(".stan_", 1)[0].removeprefix("_orig_mod.") for k in state_dict})
+    _warn_of_patterns(config, sizes)
     if config._folder: _check_fit(config._folder[1], sizes, config._folder[0])
     if config._trained_on and not same_base(config._trained_on, fingerprint(model, sizes)):
         warnings.warn("This adapter was trained on other base weights than this model's: expect nonsense. "

@@ -6,8 +6,8 @@ Docs: https://stan-nb.github.io/stan_nb/runs.html.md"""
 
 # %% auto #0
 __all__ = ['PACKAGES', 'atomic_write', 'atomic_folder', 'plain', 'versions', 'device_name', 'command_line', 'commit', 'Run',
-           'PeakMemory', 'save_results', 'load_results', 'summarise', 'paired_difference', 'Html', 'esc', 'table_html',
-           'figure_html', 'page']
+           'PeakMemory', 'save_results', 'load_results', 'origin', 'summarise', 'paired_difference', 'Html', 'esc',
+           'table_html', 'figure_html', 'page']
 
 # %% ../nbs/02_runs.ipynb #a64114e7
 import ctypes, errno, html, importlib.metadata, io, json, math, os, platform, re, shlex, shutil, statistics, subprocess, sys, uuid
@@ -372,6 +372,17 @@ def load_results(
     missing = [key for key in ("command", "date", "seeds", "device", "versions", "rows") if key not in results]
     if missing: raise ValueError(f"{path} is no results file: it lacks {', '.join(missing)}")
     return results
+
+# %% ../nbs/02_runs.ipynb #5fe2feeb
+def origin(
+    results:dict, # of `load_results`
+    code:str="",  # the version of the code as it is now, if its maker kept one
+)->str:           # Markdown
+    "Where stored numbers come from, in one paragraph."
+    command, seeds = results["command"], ", ".join(map(str, results["seeds"]))
+    older = code and results.get("code") and results["code"] != code
+    told = f"Made by `{command}` on {results['date']}, commit {results['commit'] or 'unknown'}, on {results['device']}; seeds {seeds}; {len(results['rows'])} runs."
+    return told + (" **The code behind these numbers has changed since.**" if older else "")
 
 # %% ../nbs/02_runs.ipynb #91cd6e26
 def _values(rows, by, metric):

@@ -74,7 +74,7 @@ class Settings:
     scale:str
     task:str        = setting("", "which of the modality's tasks; its own default if empty")
     backbone:str    = setting("", "the frozen model: asset:NAME, a folder, or a hub id")
-    data:str        = setting("", "the examples: asset:NAME, a folder with train/valid/test .jsonl, or a hub id; empty: made by the task")
+    data:str        = setting("", "the examples: a folder with train/valid/test .jsonl, or a hub id; empty: those of the task's name")
     method:str      = setting("stan", "how the backbone is adapted: a name in stan_nb.methods")
     rank:int        = setting(16, "the parameter budget: what LoRA of this rank costs on the same targets", "[1, inf)")
     k:int           = setting(4, "latents kept per token (STAN)", "[1, inf)")
@@ -201,18 +201,20 @@ def sections(
     return list(_read(file))
 
 # %% ../nbs/00_settings.ipynb #d69fc28e
-def _by_method(
+def _by_prefix(
     section:dict, # key -> text, as the file has it
-    method:str,   # the method asked for; "" takes the section's own
-)->tuple[dict, dict]: # the values that hold for this method; the options, by their names without "opt."
-    "Split a section into values and options. A `method.key` beats the plain `key` for its method and is checked for all of them."
+    *prefixes,    # the task and the method asked for; a later one beats an earlier one
+)->tuple[dict, dict]: # the values that hold; the options, by their names without "opt."
+    "Split a section into values and options. `lora.lr` beats the plain `lr` for that method, `grammar.lr` for that task; all are checked, asked for or not."
     plain, own, options = {}, {}, {}
     for name, text in section.items():
-        if name.startswith("opt."): options[name[4:]] = _literal(text)
-        elif "." in name: own.setdefault(name.split(".", 1)[0], {})[name.split(".", 1)[1]] = text
+        first, _, rest = name.partition(".")
+        if first == "opt": options[rest] = _literal(text)
+        elif rest: own.setdefault(first, {})[rest] = text
         else: plain[name] = text
-    for values in own.values(): Settings("any", "any").replace(**values)
-    return plain | own.get(method or plain.get("method", Settings.method), {}), options
+    for values in own.values(): Settings("any", "any", options=options).replace(**values)
+    for prefix in prefixes: plain |= own.get(prefix, {})
+    return plain, options
 
 # %% ../nbs/00_settings.ipynb #d42800c8
 def settings(
@@ -226,7 +228,8 @@ def settings(
     section = f"{modality}.{scale}"
     if section not in known: raise ValueError(f"no section [{section}].{near(section, known)} There are {', '.join(known) or 'none'}")
     try:
-        values, options = _by_method(known[section], overrides.get("method", ""))
+        mine = lambda key, default: overrides.get(key) or known[section].get(key, default)
+        values, options = _by_prefix(known[section], mine("task", ""), mine("method", Settings.method))
         found = Settings(modality, scale, options=options).replace(**values)
     except (TypeError, ValueError) as error: raise type(error)(f"[{section}]: {error}") from None
     return found.replace(**overrides)

@@ -36,7 +36,7 @@ class Task:
     allow_code_execution = False # whether scores may run code that the model wrote: only a person says so
     def __init__(self, settings:Settings): self.settings = settings
 
-    def load_data(self)->DatasetDict: raise NotImplementedError          # train, valid (cut from train), test
+    def load_data(self)->DatasetDict: raise NotImplementedError          # train, valid (cut from train), test; further splits are scored at the end
     def build_model(self)->nn.Module: raise NotImplementedError          # the pretrained model; new weights from settings.seed
     def targets(self, model): return self.settings.targets or "all-linear"  # module names, comma separated or a list, or "all-linear"
     def head(self, model)->list[str]: return []                          # new modules that every method trains in full

@@ -302,16 +302,15 @@ def resume(self:Job):
     if self.mine: self.mine.rewind(self.at.step)
 
 @patch
-def finish(self:Job, test, memory):
-    "Put the best model back, score it on test (if there is one), and report."
+def finish(self:Job, data, memory):
+    "Put the best model back, score it on test (if there is one) and on every further split, and report."
     if self.best: restore(self.model, self.best)
     count = count_parameters(self.model, self.method.head)
     self.method.finish(self.model)
-    scores = None
-    if test is not None:
-        scores = evaluate(self.task, self.model, test, progress=False, accelerator=self.accelerator) | self.task.side_effects(self.model)
+    look = lambda split: evaluate(self.task, self.model, data[split], progress=False, accelerator=self.accelerator)
+    scores, more = look("test") | self.task.side_effects(self.model) if "test" in data else None, {split: look(split) for split in data if split not in ("train", "valid", "test")}
     self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False).eval()
-    return dict(metric=self.task.metric, test=scores, valid=self.at.best, best_step=self.at.best_step, steps=self.at.step,
+    return dict(metric=self.task.metric, test=scores, more=more, valid=self.at.best, best_step=self.at.best_step, steps=self.at.step,
                 seconds=round(self.at.seconds, 3), unit=self.task.unit, tokens_per_s=round(self.at.units / self.at.seconds, 1),
                 peak_mib=round(memory.mib, 1), peak_kind=memory.kind, device=str(self.accelerator.device),
                 processes=self.plan.processes, **count)
@@ -356,7 +355,7 @@ def fit(
             if due or asked or time.perf_counter() - saved > save_every: saved = job.save()
             if asked: raise KeyboardInterrupt(f"stopped at step {step} of {plan.total}; {job.kept()}")
             clock = time.perf_counter()
-    return job.finish(data.get("test"), memory)
+    return job.finish(data, memory)
 
 # %% ../nbs/21_train.ipynb #bd1584a5
 def train_run(
@@ -377,7 +376,7 @@ def train_run(
     task.allow_code_execution = allow_code_execution
     task.check_scoring()
     data, model = task.load_data(), task.build_model()
-    if not look: data.pop("test")
+    if not look: data = {split: data[split] for split in ("train", "valid")}
     targets, head, method = task.targets(model), task.head(model), method_from_settings(settings)
     budget = lora_budget(model, targets, settings.rank, head)
     seed_all(settings.seed)

@@ -4,7 +4,7 @@ import base64, io, json, sys
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from course import ROOT
 
 sys.path.insert(0, str(ROOT / "docs"))
 import api, bridge, store

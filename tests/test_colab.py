@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, notebooks
+from course import ROOT, notebooks
 
 RUN = """
 import json, sys

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, cells, notebooks, source
+from course import ROOT, cells, notebooks, source
 
 LESSONS = notebooks()
 ids = [p.stem for p in LESSONS]

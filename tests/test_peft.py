@@ -574,3 +574,17 @@ def test_running_the_cell_again_is_safe():
         assert torch.equal(CASES["mlp"][2](old), before)
     finally:                                     # module and tables get back what this file and others imported from them
         for table, former in zip(tables, kept): (vars(table) if table is stan_peft else table).update(former)
+
+
+@pytest.mark.parametrize("pattern", [dict(latents_pattern={"upp": 6}), dict(k_pattern={"upp": 1, "down": 1})])
+def test_pattern_keys_that_fit_nothing_are_named(pattern):
+    with pytest.warns(RuntimeWarning, match="'upp' matched no adapted layer") as caught: get_peft_model(mlp(), config(("up", "down"), **pattern))
+    assert not any("'down'" in str(w.message) for w in caught)
+
+
+def test_input_casting_can_be_switched_off_as_diffusers_does():
+    from peft.helpers import disable_input_dtype_casting
+    model, run = get_peft_model(mlp(), config(init_weights=False)), CASES["mlp"][2]
+    before = run(model)
+    with disable_input_dtype_casting(model): assert torch.equal(run(model), before)
+    assert all(m.cast_input_dtype_enabled for m in model.modules() if isinstance(m, StanLayer))

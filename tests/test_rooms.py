@@ -3,7 +3,7 @@ import ast, re
 
 import pytest
 
-from conftest import cells, notebooks, number, source
+from course import cells, notebooks, number, source
 
 LAZY = {("topk", "kernels")}     # the one exception: topk's op loads the kernels by name at first use
 

@@ -4,7 +4,7 @@ import json, math, subprocess, sys
 import pytest
 from hypothesis import given, strategies as st
 
-from conftest import ROOT
+from course import ROOT
 from stan_nb import settings as room
 from stan_nb.settings import Settings, Table, describe, in_range, sections, settings, settings_file
 
@@ -71,7 +71,7 @@ def test_options_of_a_section(write):
     changed = settings("toy", "mine", file=path, **{"opt.noise": 1, "opt.sizes": "[3]", "opt.colour": "7", "opt.extra": "2"})
     assert changed.options == dict(noise=1., sizes=[3], colour="7", extra=2)
     with pytest.raises(ValueError, match="opt.nois is not known: allowed is opt.noise, opt.sizes"): found.replace(**{"opt.nois": 1})
-    with pytest.raises(ValueError, match="allowed is opt.last_layers"): settings("text", **{"opt.noise": 1})
+    with pytest.raises(ValueError, match="allowed is opt.last_layers"): settings("text", **{"opt.nose": 1})
     with pytest.raises(ValueError, match="no option in this section"): settings("toy", **{"opt.noise": 1})
     with pytest.raises(TypeError, match="opt.noise"): found.replace(**{"opt.noise": "loud"})
 

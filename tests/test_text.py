@@ -4,13 +4,16 @@ from collections import Counter
 from pathlib import Path
 import pytest
 import torch
-from stan_nb import text
+from huggingface_hub import constants
+from stan_nb import assets
 from stan_nb.assets import shipped
-from stan_nb.methods import lora_budget, method_from_settings
+from stan_nb.methods import METHODS, lora_budget, method_from_settings
 from stan_nb.runs import Run
 from stan_nb.settings import settings
 from stan_nb.task import Task, evaluate
-from stan_nb.text import TextTask, encoder_linears, make_pairs, overlap, read_folder, spell, split_modules
+from stan_nb.train import train_run
+from stan_nb.text import TextTask, encoder_linears
+from stan_nb.text_data import make_pairs, overlap, read_folder, spell, split_modules
 
 SST = [dict(sentence=s, label=l) for s, l in (("a warm and clever film", 1), ("dull", 0), ("again, please", 1), ("two lost hours", 0))]
 STS = [dict(sentence1="A dog runs.", sentence2="A dog is running.", label=4.8), dict(sentence1="A dog runs.", sentence2="Rain falls.", label=0.5)] * 3
@@ -102,7 +105,7 @@ def test_predict_text_keeps_the_mode_and_refuses_other_forms(task, model):
     with pytest.raises(ValueError, match="inputs is empty"): task.predict_text(model, [])
 
 def test_an_adapter_comes_back_with_the_same_logits(task, tmp_path):
-    chosen = settings("text", train_size=32, test_size=32)
+    chosen = settings("text", train_size=32, test_size=32, k=2)
     asked = ["Draw the function as a curve. | plot_line", "Sort the nodes. | invert"]
     model, method = task.build_model(), method_from_settings(chosen)
     targets, head = task.targets(model), task.head(model)
@@ -169,29 +172,29 @@ def test_bad_folders(tmp_path):
 
 
 def test_without_the_hub_the_message_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(text, "_hub_problem", lambda: "no answer")
+    monkeypatch.setattr(assets, "_hub_problem", lambda: "no answer")
     colab = settings("text", scale="colab", backbone="nobody/nothing", data="nobody/nowhere")
     for action in (TextTask(colab).load_data, TextTask(colab.replace(task="sst2")).build_model, lambda: TextTask(colab).tokenizer):
-        with pytest.raises(ConnectionError, match="the hub cannot be used: no answer. Offline there are asset:minilm") as error: action()
+        with pytest.raises(ConnectionError, match="the hub cannot be used: no answer. Offline there are the embedded tasks") as error: action()
         assert "\n" not in str(error.value)
-    assert not text.constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE")
+    assert not constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE")
 
 def test_hub_rows_become_ours(monkeypatch):
     asked = []
     def load(*names):
         asked.append(names)
         return dict(train=[row | dict(idx=i) for i, row in enumerate(SST * 5)], validation=SST, test=[dict(sentence="x", label=-1)])
-    monkeypatch.setattr(text, "_hub_problem", lambda: "")
-    monkeypatch.setattr(text, "load_dataset", load)
+    monkeypatch.setattr(assets, "_hub_problem", lambda: "")
+    monkeypatch.setattr("datasets.load_dataset", load)
     task = TextTask(settings("text", data="glue/sst2"))
     data = task.load_data()
     assert asked == [("nyu-mll/glue", "sst2")] and task.name == "sst2"
     assert {split: len(rows) for split, rows in data.items()} == dict(train=18, valid=2, test=4) and data["test"].column_names == ["text", "label"]
     assert sorted(read["text"] for split in ("train", "valid") for read in data[split]) == sorted(row["sentence"] for row in SST * 5)
 
-@pytest.mark.parametrize("wrong, message", [(dict(data="asset:books"), "asset:docstrings"), (dict(data=""), "data is empty"), (dict(backbone=""), "backbone is empty")])
+@pytest.mark.parametrize("wrong, message", [(dict(task="docstring"), "Did you mean 'docstrings'"), (dict(backbone=""), "backbone is empty"), (dict(task="grammar", **{"opt.noise": 1.}), "noise = 1.0 is out of range")])
 def test_bad_settings(wrong, message):
-    with pytest.raises(ValueError, match=message): TextTask(settings("text", **wrong))
+    with pytest.raises(ValueError, match=message): TextTask(settings("text", **wrong)).load_data()
 
 def test_a_backbone_that_is_none(tmp_path, task):
     from transformers import BertConfig, BertModel
@@ -204,7 +207,7 @@ def test_a_backbone_that_is_none(tmp_path, task):
     assert "hub cannot be used" not in str(error.value)
 
 def test_a_local_backbone_never_asks_the_hub(monkeypatch):
-    monkeypatch.setattr(text, "_hub_problem", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(assets, "_hub_problem", lambda: pytest.fail("the hub was asked"))
     TextTask(settings("text")).build_model()
 
 
@@ -224,3 +227,70 @@ def test_the_shipped_adapter_scores_as_recorded():
     data = found.load_data()
     assert found.corpus_hash == recorded["corpus_hash"]
     assert evaluate(found, model, data["test"], progress=False)["accuracy"] == pytest.approx(recorded["result"]["test"]["accuracy"], abs=.004)   # 3 of 802 pairs: other processors round otherwise
+
+
+def test_a_folder_of_data_sets_goes_before_the_hub(tmp_path, monkeypatch):
+    (tmp_path/"rte").mkdir()
+    folder(tmp_path/"rte", train=[dict(sentence1="a", sentence2=str(i), label=i % 2) for i in range(40)], dev=[dict(sentence1="a", sentence2="b", label=1)])
+    monkeypatch.setenv("STAN_DATA", str(tmp_path))
+    monkeypatch.setattr(assets, "_hub_problem", lambda: "no answer")
+    task = TextTask(settings("text", task="rte"))
+    assert {split: len(rows) for split, rows in task.load_data().items()} == dict(train=36, valid=4, test=1) and task.source.startswith(f"folder {tmp_path/'rte'}")
+    with pytest.raises(ConnectionError, match="glue/cola"): TextTask(settings("text", task="cola")).load_data()
+
+
+def test_the_other_genres_of_mnli_are_scored_too(tiny, tmp_path):
+    (tmp_path/"mnli").mkdir()
+    rows = [dict(premise="a b", hypothesis=word, label=label) for label, word in enumerate("abc")]
+    folder(tmp_path/"mnli", train=rows * 8, dev_matched=rows, dev_mismatched=rows * 2)
+    found = train_run(settings("text", "paper", task="mnli", backbone=tiny["roberta"], data=str(tmp_path/"mnli"), max_steps=1, rank=2, k=1, precision="no"), tmp_path/"run", progress=False)
+    assert set(found["test"]) == set(found["more"]["mismatched"]) == {"accuracy", "f1", "matthews"}
+
+
+def test_long_rows_are_cut_and_that_is_said(tmp_path, caplog):
+    rows = SST + [dict(sentence="word " * 100_000, label=1)]
+    task = TextTask(settings("text", data=str(folder(tmp_path, train=rows * 2, dev=rows))))
+    data = task.load_data()
+    assert "3 rows are longer than max_length = 64 tokens and are cut there" in caplog.text
+    assert task.collate([row for row in data["test"]])["input_ids"].shape == (5, 64)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "Random models of the classes of the paper, with their tokenizers, saved as the hub has them."
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import (BertConfig, BertForMaskedLM, DebertaV2Config, DebertaV2ForMaskedLM, PreTrainedTokenizerFast, RobertaConfig,
+                              RobertaForMaskedLM)
+    place, found = tmp_path_factory.mktemp("hub"), {}
+    for name, model, kind, marks in (("bert", BertForMaskedLM, BertConfig, ("[CLS]", "[SEP]", "[PAD]", "[UNK]")), ("roberta", RobertaForMaskedLM, RobertaConfig, ("<s>", "</s>", "<pad>", "<unk>")),
+                                     ("deberta", DebertaV2ForMaskedLM, DebertaV2Config, ("[CLS]", "[SEP]", "[PAD]", "[UNK]"))):
+        cls, sep, pad, unk = marks
+        words = {word: i for i, word in enumerate([pad, cls, sep, unk, *"abcdefghijklmnopqrstuvwxyz", "good", "bad", "the"])}
+        tokenizer = Tokenizer(models.WordLevel(words, unk))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        between = f"{sep} {sep}" if name == "roberta" else sep
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{cls} $A {sep}", pair=f"{cls} $A {between} $B {sep}", special_tokens=[(cls, words[cls]), (sep, words[sep])])
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, cls_token=cls, sep_token=sep, pad_token=pad, unk_token=unk).save_pretrained(place/name)
+        config = kind(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, pad_token_id=0, type_vocab_size=1 if name != "bert" else 2)
+        torch.manual_seed(0)
+        model(config).save_pretrained(place/name)
+        found[name] = str(place/name)
+    return found
+
+
+FORMS = dict(single=[dict(sentence=f"{word} {letter}", label=label) for label, word in enumerate(("bad", "good")) for letter in "abcdefgh"],
+             pair=[dict(sentence1=a, sentence2=b, label=int(a == b)) for a in "abcd" for b in "abcd"],
+             score=[dict(sentence1=a, sentence2=b, label=float(a == b) * 5) for a in "abcd" for b in "abcd"])
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta"])
+def test_every_encoder_and_form_trains_with_every_method(tiny, tmp_path, name, form, method):
+    "The section of the paper, with nothing but paths and counts changed: trained, saved, loaded, the same answers."
+    data = folder(tmp_path, train=FORMS[form], valid=FORMS[form][:4], test=FORMS[form][:6])
+    wanted = settings("text", "paper", task="mine", backbone=tiny[name], data=str(data), method=method, rank=4, k=2, max_steps=2, batch_size=8, precision="no", device="cpu")
+    found = train_run(wanted, tmp_path/"run", progress=False)
+    task, model = Task.from_run(tmp_path/"run")
+    assert evaluate(task, model, task.load_data()["test"], progress=False) == found["test"] and found["trainable"] > 0
+    assert (task.metric, len(task.labels)) == (("pearson", 0) if form == "score" else ("accuracy", 2))

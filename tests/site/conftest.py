@@ -1,12 +1,10 @@
 "The built site in a real browser: Chromium, driven by Playwright, pages served on this machine."
 import functools, http.server, shutil, subprocess, threading
 import xml.etree.ElementTree as xml
-from pathlib import Path
 
 import pytest
+from course import BUILT, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILT = ROOT / "docs" / "_build" / "html"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # No sandbox, because tests may run as root; nothing that would call home.
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]

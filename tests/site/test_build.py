@@ -2,7 +2,7 @@
 import hashlib, json, shutil, subprocess, sys
 from pathlib import Path
 
-from conftest import ROOT
+from course import ROOT
 
 
 def build(folder):

@@ -4,7 +4,7 @@ from urllib.parse import urljoin, urlparse
 
 import pytest
 
-from conftest import BUILT, ROOT
+from course import BUILT, ROOT
 
 AXE = ROOT / "docs" / "node_modules" / "axe-core" / "axe.min.js"
 SLIDER = ".live input[type=range]"

@@ -1,0 +1,26 @@
+"Where the repository and its built site are, and a small reader of the notebooks. Not in conftest: there are two, and only one can be imported by that name."
+import json, re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT = ROOT / "docs" / "_build" / "html"
+
+
+def notebooks():
+    "The notebooks of the course, in reading order; `index` last, because it may use everything."
+    found = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith("_"))
+    return [p for p in found if p.stem != "index"] + [p for p in found if p.stem == "index"]
+
+
+def cells(path, kind=None):
+    nb = json.loads(Path(path).read_text(encoding="utf-8"))
+    return [c for c in nb["cells"] if kind is None or c["cell_type"] == kind]
+
+
+def source(cell): return "".join(cell["source"])
+
+
+def number(path):
+    "The room number of a notebook: its two leading digits; `index` stands above all."
+    m = re.match(r"(\d\d)_", Path(path).name)
+    return int(m.group(1)) if m else 100
