@@ -204,11 +204,11 @@ class Form:
     "How a set is written, and how it is judged."
     columns:tuple  # it is recognised by
     read:object    # row -> prompt, answer, check
-    judge:str      # "number", "expression", "program" or "text" (the same text)
+    judge:str      # "number", "expression", "function" (the rest of one), "program" or "text" (the same text)
 
 FORMS = dict(
     gsm8k=Form(("question", "answer"), _gsm8k, "number"), metamath=Form(("query", "response"), _metamath, "number"),
-    humaneval=Form(("prompt", "test", "entry_point"), _humaneval, "program"), mbpp=Form(("code", "test_list"), _mbpp, "program"),
+    humaneval=Form(("prompt", "test", "entry_point"), _humaneval, "function"), mbpp=Form(("code", "test_list"), _mbpp, "program"),
     instructions=Form(("instruction", "output"), _instruction, "text"), plain=Form(("prompt", "answer"), lambda row: (row["prompt"], row["answer"], row["answer"]), "text"))
 
 # %% ../nbs/28_math_code_data.ipynb #51ae02f7
@@ -278,20 +278,22 @@ def find_rows(
     if not data and task == "metamath": splits |= dict(test=find_rows("gsm8k")[0]["test"])
     return splits, FORMS[form].judge, str(folder or data or HUB[task])
 
-# %% ../nbs/28_math_code_data.ipynb #4640f716
+# %% ../nbs/28_math_code_data.ipynb #c5133882
 def cut(
     text:str,    # what the model wrote
-    judge:str,   # "number", "expression", "program" or "text"
+    judge:str,   # of a `Form`
 )->str:          # up to where the answer ends
     "An answer without what a model that does not stop writes after it."
-    stops = dict(number=("Question:", "</s>", "<|im_end|>"), expression=("\n",), text=("\nInstruction:",), program=("\nclass ", "\ndef ", "\n#", "\nif __name__", "\nprint(", "\n```"))[judge]
+    stops = dict(number=("Question:", "</s>", "<|im_end|>"), expression=("\n",), text=("\nInstruction:",),
+                 function=("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```"),
+                 program=('\n"""', "\n```"))[judge]
     body = text.lstrip(" ") if judge == "expression" else text
     return body[:min((at for stop in stops if (at := body.find(stop)) >= 0), default=len(body))]
 
 def judged(
     answer:str,          # of `cut`
     check:str,           # of its row
-    judge:str,           # "number", "expression", "program" or "text"
+    judge:str,           # of a `Form`
     run:bool=False,      # whether programs may be run
 )->bool:                 # whether it is right
     "The verdict on one answer. Raises PermissionError for a program that may not be run."
