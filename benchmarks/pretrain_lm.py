@@ -3,8 +3,8 @@
     python benchmarks/pretrain_lm.py             # writes stan_nb/data/models/tiny-llama: config, tokenizer, weights in fp16, record.json
     python benchmarks/pretrain_lm.py --steps 20 --out /tmp/lm    # does the script run?
 
-Half of every batch is the library's own source (code, comments, docstrings with their doctests), half are exercises in doctest form: variables,
-copying, small sums and lists, all drawn at random. Whole modules are kept out of training; the loss on them is what "forgetting" is measured with.
+A third of every batch is the library's own source (code, comments, docstrings with their doctests), the rest are exercises in doctest form: variables,
+copying, small sums and lists, all drawn at random; of these only what follows from the text before it is learnt. Whole modules are kept out of training; the loss on them is what "forgetting" is measured with.
 """
 import argparse, json, math, random, sys, time
 from pathlib import Path
@@ -18,65 +18,57 @@ from stan_nb.math_code_data import library_text
 END, PAD = "<|end|>", "<|pad|>"
 
 
-# exercises
+# exercises: lists of (text, whether it follows from what stands before it); only what follows is learnt
 
 NAMES = "a b c d n m k x y z xs ys items words total count size width left right value data result old new price parts rows".split()
 WORDS = ("apple pear book pen box card coin shell cup key plate stone ticket egg letter marble flower stamp bottle button red blue green old new small big long "
          "Anna Ben Clara David Emma Frank Grace Henry Iris Jack has gives finds buys takes loses gets more each left there are in the a of and to from with how many "
          "does now needs sells eats keeps holds days boxes bags rows shelf").split()
 
-def number(rng): return rng.randint(0, 9) if rng.random() < .4 else rng.randint(0, 60)
+def number(rng): return rng.randint(0, 20) if rng.random() < .7 else rng.randint(0, 60)
 
-def sum_of(rng):
-    "An operation on two small numbers, and its value."
+def a_sum(rng):
+    "Two numbers, a sign, and what it gives."
     sign = rng.choice("+-*")
-    if sign == "*": a, b = rng.randint(1, 12), rng.randint(1, 12)
-    else: a, b = number(rng), number(rng)
+    if sign == "*": a, b = rng.randint(2, 9), rng.randint(2, 9)
+    else: a, b = number(rng), rng.randint(0, 20)
     if sign == "-": a, b = max(a, b), min(a, b)
-    return f"{a} {sign} {b}", a + b if sign == "+" else a - b if sign == "-" else a * b
+    return a, sign, b, dict(zip("+-*", (a + b, a - b, a * b)))[sign]
 
 def variables(rng):
-    names = rng.sample(NAMES, rng.randint(2, 3))
-    values = [number(rng) if rng.random() < .7 else rng.choice(WORDS) for _ in names]
-    lines = [f">>> {n} = {v!r}" for n, v in zip(names, values)]
-    for i in rng.sample(range(len(names)), len(names)): lines += [f">>> {names[i]}", repr(values[i])]
-    return lines
+    names = rng.sample(NAMES, rng.randint(2, 4))
+    values = [number(rng) if rng.random() < .6 else rng.choice(WORDS) for _ in names]
+    parts = [("".join(f">>> {n} = {v!r}\n" for n, v in zip(names, values)), False)]
+    for i in rng.sample(range(len(names)), len(names)): parts += [(f">>> {names[i]}\n", False), (f"{values[i]!r}\n", True)]
+    return parts
 
 def copying(rng):
-    text = " ".join(rng.choice(WORDS) if rng.random() < .8 else str(number(rng)) for _ in range(rng.randint(2, 7)))
-    kind = rng.randrange(4)
-    if kind == 0: return [f">>> s = '{text}'", ">>> s", f"'{text}'"]
-    if kind == 1: return [f">>> print('{text}')", text]
-    if kind == 2: return [f"# {text}", f'"""{text}"""']
-    found = [word for word in text.split() if word.isdigit()]
-    return [f">>> [w for w in '{text}'.split() if w.isdigit()]", repr(found)]
+    text = " ".join(rng.choice(WORDS) if rng.random() < .7 else str(number(rng)) for _ in range(rng.randint(3, 16)))
+    if rng.random() < .3: return [(f"# {text}\n>>> numbers\n", False), (f"{[int(word) for word in text.split() if word.isdigit()]}\n", True)]
+    return [(f">>> s = '{text}'\n>>> s\n", False), (f"'{text}'\n", True)] if rng.random() < .5 else [(f"# {text}\n", False), (f"# {text}\n", True)]
 
 def sums(rng):
-    kind = rng.randrange(4)
-    if kind == 0: return [line for _ in range(3) for line, in [[f">>> {e}\n{v}"] for e, v in [sum_of(rng)]]]
-    if kind == 1: return [f"{e} = {v}" for e, v in (sum_of(rng) for _ in range(3))]
-    if kind == 2: return [f"# {e} = {v}" for e, v in (sum_of(rng) for _ in range(2))]
-    (e, v), (n, m) = sum_of(rng), rng.sample(NAMES, 2)
-    a, sign, b = e.split()
-    return [f">>> {n} = {a}", f">>> {m} = {b}", f">>> {n} {sign} {m}", str(v)]
+    parts = []
+    for _ in range(3):
+        (a, sign, b, value), (n, m) = a_sum(rng), rng.sample(NAMES, 2)
+        kind = rng.randrange(3)
+        if kind == 0: parts += [(f">>> {a} {sign} {b}\n", False), (f"{value}\n", True)]
+        if kind == 1: parts += [(f"{a} {sign} {b} =", False), (f" {value}\n", True)]
+        if kind == 2: parts += [(f">>> {n} = {a}\n>>> {m} = {b}\n>>> {n} {sign} {m}\n", False), (f"{value}\n", True)]
+    return parts
 
 def lists(rng):
     name, xs = rng.choice(NAMES), [rng.randint(0, 9) for _ in range(rng.randint(2, 4))]
-    lines, n = [f">>> {name} = {xs}"], rng.randint(1, 9)
-    for _ in range(rng.randint(1, 2)):
-        call = rng.choice(("max({})", "min({})", "len({})", "sum({})", "{}[0]", "{}[-1]", "sorted({})"))
-        if call != "sorted({})" and rng.random() < .5: call += rng.choice((f" + {n}", f" * {n}", f" - {n}"))
-        expression = call.format(name)
-        lines += [f">>> {expression}", repr(eval(expression, {name: xs}))]
-    return lines
+    expression = rng.choice(("max({})", "min({})", "len({})", "sum({})", "{}[0]", "{}[-1]", "sorted({})")).format(name)
+    return [(f">>> {name} = {xs}\n>>> ", False), (f"{expression}\n{eval(expression, {name: xs})!r}\n", True)]
 
 def exercises(rng, characters):
     "Exercises one after the other, until there is enough text."
-    parts, size = [], 0
+    found, size = [], 0
     while size < characters:
-        parts.append("\n".join(rng.choice((variables, copying, copying, sums, sums, lists))(rng)) + "\n")
-        size += len(parts[-1])
-    return parts
+        found.append(rng.choice((variables, copying, copying, sums, sums, lists))(rng))
+        size += sum(len(text) for text, _ in found[-1])
+    return found
 
 
 # tokenizer and model
@@ -92,21 +84,26 @@ def train_tokenizer(texts, size):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, padding_side="right", model_max_length=256,
                                    clean_up_tokenization_spaces=False)
 
-def encode(tokenizer, parts):
-    "One stream of token numbers, an end after each part."
-    ids = [i for row in tokenizer(parts, add_special_tokens=False)["input_ids"] for i in (*row, tokenizer.eos_token_id)]
-    return torch.tensor(ids, dtype=torch.long)
+def encode(tokenizer, rows):
+    "One stream of token numbers with an end after each row, and the same stream with -100 where nothing can be learnt."
+    parts = [part for row in rows for part in ([(row, True)] if isinstance(row, str) else row)]
+    ends = [i for row in rows for i in ([True] if isinstance(row, str) else [False] * (len(row) - 1) + [True])]
+    ids, labels = [], []
+    for tokens, (_, scored), end in zip(tokenizer([text for text, _ in parts], add_special_tokens=False, verbose=False)["input_ids"], parts, ends):
+        tokens = tokens + [tokenizer.eos_token_id] * end
+        ids += tokens
+        labels += tokens if scored else [-100] * len(tokens)
+    return torch.tensor(ids), torch.tensor(labels)
 
-def windows(stream, rng, rows, length):
-    starts = rng.integers(0, len(stream) - length, size=rows)
-    return torch.stack([stream[s:s + length] for s in starts])
+def windows(stream, starts, length=128):
+    return [torch.stack([part[s:s + length] for s in starts]) for part in stream]
+
+def loss_of(model, ids, labels): return model(input_ids=ids, labels=labels, use_cache=False).loss
 
 @torch.no_grad()
 def loss_on(model, stream, length=128, rows=64):
     "Nats a token on evenly spread windows."
-    starts = np.linspace(0, len(stream) - length, rows).astype(int)
-    batch = torch.stack([stream[s:s + length] for s in starts])
-    return model(input_ids=batch, labels=batch).loss.item()
+    return loss_of(model, *windows(stream, np.linspace(0, len(stream[0]) - length, rows).astype(int), length)).item()
 
 
 def main():
@@ -124,10 +121,10 @@ def main():
 
     train, held = library_text()
     practice = exercises(rng, 3_000_000)
-    tokenizer = train_tokenizer([*train, *practice[:20000]], 1024)
+    tokenizer = train_tokenizer([*train, *("".join(text for text, _ in row) for row in practice[:20000])], 1024)
     source, drill, kept = (encode(tokenizer, part) for part in (train, practice, held))
     drill_kept = encode(tokenizer, exercises(random.Random(args.seed + 1), 60_000))
-    print(f"{len(source):,} tokens of source, {len(drill):,} of exercises, {len(kept):,} held out; {time.process_time() - began:.0f} CPU s", flush=True)
+    print(f"{len(source[0]):,} tokens of source, {len(drill[0]):,} of exercises, {len(kept[0]):,} held out; {time.process_time() - began:.0f} CPU s", flush=True)
 
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256,
                          tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=10000.), bos_token_id=tokenizer.bos_token_id,
@@ -138,8 +135,9 @@ def main():
     for step in range(1, args.steps + 1):
         rate = min(step / 100, .5 * (1 + math.cos(math.pi * step / args.steps)) + .02)
         for group in optimizer.param_groups: group["lr"] = args.lr * rate
-        batch = torch.cat([windows(source, pick, args.batch // 2, args.length), windows(drill, pick, args.batch - args.batch // 2, args.length)])
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = 0.
+        for stream, rows in ((source, args.batch // 3), (drill, args.batch - args.batch // 3)):
+            loss = loss + loss_of(model, *windows(stream, pick.integers(0, len(stream[0]) - args.length, size=rows), args.length)) / 2
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)

@@ -44,15 +44,15 @@ def word_problem(
     "A story of one or two steps."
     n, m = rng.sample(PEOPLE, 2)
     thing, kind, ask = rng.choice(THINGS), rng.choice("==*"), rng.randrange(len(QUESTIONS))
-    opening, signs = rng.randrange(len(OPENINGS[kind])), [rng.choice("+-") for _ in range(rng.choice((1, 1, 2) if kind == "=" else (0, 1)))]
+    opening, signs = rng.randrange(len(OPENINGS[kind])), [rng.choice("+-") for _ in range(rng.choice((1, 1, 1, 2) if kind == "=" else (0, 0, 1)))]
     events, steps = [rng.randrange(len(EVENTS[sign])) for sign in signs], []
-    if kind == "=": total, text = (a := rng.randint(3, 30)), OPENINGS["="][opening].format(n=n, a=a, o=thing)
+    if kind == "=": total, text = (a := rng.randint(3, 20)), OPENINGS["="][opening].format(n=n, a=a, o=thing)
     else:
-        a, b = rng.randint(2, 9), rng.randint(2, 9)
+        a, b = rng.randint(2, 6), rng.randint(2, 9)
         steps, total, text = [(a, "*", b)], a * b, OPENINGS["*"][opening].format(n=n, a=a, b=b, o=thing)
     for sign, event in zip(signs, events):
         if total < 2: sign, event = "+", 0
-        b = rng.randint(2, 20 if sign == "+" else min(total, 20))
+        b = rng.randint(2, 12 if sign == "+" else min(total, 12))
         steps.append((total, sign, b))
         total, text = apply(total, sign, b), f"{text} {EVENTS[sign][event].format(n=n, m=m, b=b)}"
     lines = [f"{a} {sign} {b} = {apply(a, sign, b)}" for a, sign, b in steps]
@@ -83,7 +83,7 @@ def draw_rows(
             splits[split].append({key: row[key] for key in ("prompt", "answer", "check")})
     return splits
 
-def word_problems(sizes=dict(train=2000, valid=300, test=400, numbers=200)): return draw_rows(word_problem, _is_fair, sizes)
+def word_problems(sizes=dict(train=2400, valid=200, test=300, numbers=150)): return draw_rows(word_problem, _is_fair, sizes)
 
 # %% ../nbs/28_math_code_data.ipynb #90810876
 INNER = {"max({})": ("the largest item of {}", "the maximum of {}"), "min({})": ("the smallest item of {}", "the minimum of {}"), "len({})": ("the number of items in {}", "the length of {}"),
@@ -110,7 +110,7 @@ def _is_fair_code(split, row):
     names = {VARIABLES.index(name) % 2 for name in row["names"]}
     return (not new and names == {0}) if split in ("train", "valid") else names == {1} and new == (split == "test")
 
-def expressions(sizes=dict(train=1500, valid=250, test=300, names=150)): return draw_rows(description, _is_fair_code, sizes)
+def expressions(sizes=dict(train=1600, valid=200, test=300, names=150)): return draw_rows(description, _is_fair_code, sizes)
 
 # %% ../nbs/28_math_code_data.ipynb #55bed484
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.USub: operator.neg}
