@@ -46,7 +46,7 @@ def test_the_shipped_model_scores_as_recorded():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(place)
-    drill = script.encode(tokenizer, script.exercises(random.Random(1), 60_000))
+    drill = script.encode(tokenizer, script.exercises(random.Random(-1), 60_000))
     assert script.loss_on(model, drill) == pytest.approx(record["exercises"], abs=2e-3)
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
     assert sum(path.stat().st_size for path in place.iterdir()) < 4 << 20
