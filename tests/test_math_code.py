@@ -230,8 +230,8 @@ def test_long_rows_are_left_out_and_long_prompts_cut(tmp_path, tiny, caplog):
     task = MathCodeTask(settings("math_code", backbone=str(tiny), data=str(data)))
     assert len(task.load_data()["train"]) == 20 and "1 of 21 train rows are longer than max_length = 128" in caplog.text
     model = task.build_model()
-    assert task.questions(task.load_data()["test"].to_list())["input_ids"].shape == (1, 256 - 40) and "lose their beginning" in caplog.text
-    with pytest.raises(ValueError, match="is too long: allowed are 216"): task.predict_text(model, ["word " * 300])
+    assert task.questions(task.load_data()["test"].to_list())["input_ids"].shape == (1, 256 - 32) and "lose their beginning" in caplog.text
+    with pytest.raises(ValueError, match="is too long: allowed are 224"): task.predict_text(model, ["word " * 300])
 
 def test_empty_answers(tmp_path, tiny):
     data = folder(tmp_path/"empty", train=[*gsm(3), dict(question="Why?", answer="")], test=gsm(2))
