@@ -89,7 +89,8 @@ def word_problems(sizes=dict(train=2400, valid=200, test=300, numbers=150)): ret
 INNER = {"max({})": ("the largest item of {}", "the maximum of {}"), "min({})": ("the smallest item of {}", "the minimum of {}"), "len({})": ("the number of items in {}", "the length of {}"),
          "sum({})": ("the sum of {}", "the total of {}"), "{}[0]": ("the first item of {}",), "{}[-1]": ("the last item of {}",)}
 OUTER = {"{}": ("{}",), "{} + {}": ("{} plus {}", "{} increased by {}"), "{} - {}": ("{} minus {}", "{} decreased by {}"), "{} * {}": ("{} times {}", "{} multiplied by {}")}
-VARIABLES = "a b xs ys items words data values total count rows parts size price left right".split()
+VARIABLES = ("a b c d m n x y z xs ys items words data values total count rows parts size price left right names ages heights weights lines marks notes dates "
+             "hours miles days boxes coins books points scores costs steps first second third old new big small keys pages files").split()
 
 def description(
     rng,  # random.Random
@@ -107,8 +108,8 @@ def description(
 
 def _is_fair_code(split, row):
     new = kept_out(row["template"], one_in=4)
-    names = {VARIABLES.index(name) % 2 for name in row["names"]}
-    return (not new and names == {0}) if split in ("train", "valid") else names == {1} and new == (split == "test")
+    strange = {kept_out(name, one_in=6) for name in row["names"]}
+    return strange == {split == "names"} and new == (split in ("test", "names"))
 
 def expressions(sizes=dict(train=1600, valid=200, test=300, names=150)): return draw_rows(description, _is_fair_code, sizes)
 
