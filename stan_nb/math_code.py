@@ -118,6 +118,7 @@ def load_data(self:MathCodeTask):
     self.source = f"{self.found[2]}: " + ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
     return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
 
+# %% ../nbs/31_math_code.ipynb #3349fb7d
 @patch
 def token_pair(self:MathCodeTask, row): # token numbers of the prompt, and of the answer with its end
     tokens = lambda text, special: self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
@@ -136,6 +137,7 @@ def build_model(self:MathCodeTask):
     self.context = getattr(model.config, "max_position_embeddings", None) or 10**9
     return model
 
+# %% ../nbs/31_math_code.ipynb #513329c8
 @patch
 def targets(self:MathCodeTask, model): return self.settings.targets or block_linears(model)
 
@@ -185,6 +187,7 @@ def predict(self:MathCodeTask, model, batch): # an answer for each prompt; with 
     answers = [cut(text, self.judge) for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
     return answers if samples == 1 else [answers[i:i + samples] for i in range(0, len(answers), samples)]
 
+# %% ../nbs/31_math_code.ipynb #2257e0c5
 @patch
 def predict_text(
     self:MathCodeTask,
@@ -228,6 +231,7 @@ def records(self:MathCodeTask, rows, predictions): # prompt, answer, extracted, 
             found.append(dict(prompt=row["prompt"], answer=answer, extracted=read(answer), reference=row["answer"].strip() if self.judge != "number" else strict(f"#### {row['check'].split('#### ')[-1]}"), correct=correct))
     return found
 
+# %% ../nbs/31_math_code.ipynb #03311073
 @torch.no_grad()
 def library_loss(
     model:nn.Module,  # a causal language model
@@ -287,6 +291,7 @@ def firing(
             values, indices = (part[0, -1].float().cpu() if part.is_floating_point() else part[0, -1].cpu() for part in kept[name][-1])
             yield text, torch.zeros(adapter.num_latents).scatter(0, indices, values)
 
+# %% ../nbs/31_math_code.ipynb #b549f9c2
 def _answer_twin(tokens, values, at, layer):
     import matplotlib.pyplot as plt
     from stan_nb.viz import COLOURS, STYLE
