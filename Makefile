@@ -37,6 +37,8 @@ bench: $(READY)      ## STAN beside LoRA on this CPU: the ratio tables, under 6 
 evidence: $(READY)   ## everything that is stored rather than made live: results files, each by the command it names, and the adapter that comes with the package
 	$(BIN)/stan-nb evidence
 	rm -rf stan_nb/data/runs/minilm-docstrings && cp -r runs/evidence/stan-0 stan_nb/data/runs/minilm-docstrings
+	$(BIN)/stan-nb train math_code --task expressions --overwrite --out stan_nb/data/runs/math_code-expressions
+	$(BIN)/stan-nb train math_code --method lora --overwrite --out stan_nb/data/runs/math_code-words-lora
 
 verify: $(READY)     ## run a random tenth of the stored results again and compare
 	$(BIN)/stan-nb verify
