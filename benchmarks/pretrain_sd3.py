@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-from stan_nb.diffusion import DIGITS, STYLES, Judge, digit_prompts, draw_digits, draw_timesteps, flow_loss, sample, train_judge
+from stan_nb.diffusion import draw_timesteps, flow_loss, sample
+from stan_nb.pictures import DIGITS, STYLES, Judge, Prompts, digit_prompts, draw_digits, train_judge
 from safetensors.torch import load_file, save_file
 
 FOLDER = Path(__file__).resolve().parent.parent / "stan_nb" / "data" / "models" / "digits-sd3"
@@ -69,7 +70,6 @@ def main():
         scheduler.save_pretrained(FOLDER / "scheduler")
         (FOLDER / "judge").mkdir(exist_ok=True)
         save_file({name: tensor.half().contiguous() for name, tensor in train_judge().state_dict().items()}, FOLDER / "judge" / "judge.safetensors")
-    from stan_nb.diffusion import Prompts
     model = SD3Transformer2DModel.from_pretrained(FOLDER / "transformer", torch_dtype=torch.float32).eval()
     judge = Judge()
     judge.load_state_dict({name: t.float() for name, t in load_file(FOLDER / "judge" / "judge.safetensors").items()})
