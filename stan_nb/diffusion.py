@@ -97,8 +97,9 @@ def _folder(self):
         return dict(prompt=options["template"].format(caption=caption or "a picture", style=style), style=style, digit=-1, image=image, seed=seed)
     styles, wanted = list(dict.fromkeys(style for style, _ in about)), [p.strip() for p in options["prompts"].split(";") if p.strip()]
     wanted = wanted or list(dict.fromkeys(caption for _, caption in about))[:4]
+    place = {style: i for i, (style, _) in enumerate(about)}
     def ask(first): return [row(style, caption, -1, first + i) for i, (style, caption) in enumerate(itertools.product(styles, wanted))]
-    return images, dict(train=[row(style, caption, i, 0) for i, (style, caption) in enumerate(about)], valid=ask(10**5), test=ask(2 * 10**5))
+    return images, dict(train=[row(style, caption, i, 0) for i, (style, caption) in enumerate(about)], valid=[r | dict(image=place[r["style"]]) for r in ask(10**5)], test=ask(2 * 10**5))
 
 def _prompts(self):
     "Embeddings of all prompts of this task, read or computed once."
@@ -185,13 +186,13 @@ def targets(self:DiffusionTask, model): # as settings.targets says, else the lin
 
 # %% ../nbs/33_diffusion.ipynb #48c0533e
 @patch
-def collate(self:DiffusionTask, rows): # rows -> labels (their seeds), tokens, pooled; for training images besides: latents, noise, timesteps
+def collate(self:DiffusionTask, rows): # rows -> labels (their seeds), tokens, pooled; where there are images: latents, noise, timesteps
     prompts = [row["prompt"] for row in rows]
-    learn = rows[0]["image"] >= 0
-    if learn: prompts = ["" if out else prompt for out, prompt in zip(torch.rand(len(rows)) < self.options["drop"], prompts)]
+    if self.options["drop"]: # now and then, training hears no prompt; its rows have the seed 0
+        prompts = ["" if out and not row["seed"] else prompt for out, row, prompt in zip(torch.rand(len(rows)) < self.options["drop"], rows, prompts)]
     tokens, pooled = self.prompts(prompts)
     batch = dict(labels=torch.tensor([row["seed"] for row in rows]), tokens=tokens, pooled=pooled)
-    if not learn: return batch
+    if rows[0]["image"] < 0: return batch
     latents = self.latents[[row["image"] for row in rows]]
     return batch | dict(latents=latents, noise=torch.randn_like(latents), timesteps=draw_timesteps(len(rows), self.scheduler, self.options["weighting"]))
 
@@ -225,6 +226,14 @@ def metrics(self:DiffusionTask, predictions, references): # aligned: digit and s
     right = [(d.item() == r["digit"], judge.styles[s] == r["style"]) for d, s, r in zip(digit, style, references)]
     both, digits, styles = np.mean([(d and s, d, s) for d, s in right], axis=0).tolist()
     return dict(aligned=both, digit=digits, style=styles)
+
+@patch
+def records(self:DiffusionTask, rows, predictions): # what the judge saw in each picture; of a folder, its mean colour
+    asked = self.references(rows)
+    if not self.ours: return [dict(answer=[round(v, 3) for v in image.mean((-1, -2)).tolist()], reference=r) for image, r in zip(predictions, asked)]
+    judge = load_judge()
+    seen = [dict(style=judge.styles[s], digit=int(d)) for d, s in zip(*(logits.argmax(-1) for logits in judge(predictions)))]
+    return [dict(answer=a, reference=r, correct=a == {key: r[key] for key in a}) for a, r in zip(seen, asked)]
 
 # %% ../nbs/33_diffusion.ipynb #f3d93b9d
 @patch

@@ -157,14 +157,16 @@ def digit_rows(
 )->tuple:       # images (n, 1, 16, 16), and rows by split: prompt, style, digit, image (-1: none), seed (of the noise)
     "Images to learn styles from, and questions: digits that the style has shown (valid, test), and never (unseen); and prompts that name no style."
     hidden = {(style, (2 * s + 5 * u + 7 * (u // 2)) % 10) for s, style in enumerate(styles) for u in range(unseen)}
-    images, digits, kinds = draw_digits("train", n + n * unseen // 5 + 64 * (unseen > 0), styles, 1000 + seed)
+    images, digits, kinds = draw_digits("train", n + n * unseen * 8 // (5 * (10 - unseen)) + 64 * (unseen > 0), styles, 1000 + seed)
     kept = [i for i, (d, k) in enumerate(zip(digits.tolist(), kinds.tolist())) if (styles[k], d) not in hidden][:n]
     def row(style, digit, image, number): return dict(prompt=f"{DIGITS[digit]}, {style}", style=style, digit=digit, image=image, seed=number)
     train = [row(styles[kinds[i]], int(digits[i]), place, 0) for place, i in enumerate(kept)]
     pairs = [(style, digit) for style in styles for digit in range(10)]
     def ask(pairs, copies, first): return [row(style, digit, -1, first + 1000 * c + i) for c in range(copies) for i, (style, digit) in enumerate(pairs)]
     seen, never = [p for p in pairs if p not in hidden], [p for p in pairs if p in hidden]
-    splits = dict(train=train, valid=ask(seen, 3, 10**5), test=ask(seen, 5, 2 * 10**5))
+    shown = {(r["style"], r["digit"]): r["image"] for r in train}
+    valid = [r | dict(image=shown.get((r["style"], r["digit"]), 0)) for r in ask(seen, 3, 10**5)]   # with a picture, for a loss on valid
+    splits = dict(train=train, valid=valid, test=ask(seen, 5, 2 * 10**5))
     if never: splits["unseen"] = ask(never, 10, 3 * 10**5)
     return images[kept], splits | dict(neutral=ask([("plain", digit) for digit in range(10)], 6, 4 * 10**5))
 
