@@ -1,4 +1,4 @@
-"""A transformer that only ever drew plain digits learns six styles in one adapter of a few latents, in front of you, and loses one of them again.
+"""A transformer that only ever drew plain digits learns six styles in one adapter, in front of you, with a judge that has never met it.
 
 Docs: https://stan-nb.github.io/stan_nb/diffusion.html.md"""
 

@@ -12,8 +12,8 @@ function half(h) {
 function tensors(buffer) {
   const view = new DataView(buffer), size = Number(view.getBigUint64(0, true)), found = {};
   const about = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, size)));
+  delete about.__metadata__;
   for (const [name, { dtype, shape, data_offsets: [from, to] }] of Object.entries(about)) {
-    if (name === "__metadata__") continue;
     const part = buffer.slice(8 + size + from, 8 + size + to);
     if (dtype !== "F16" && dtype !== "F32") throw new Error(`${name} is ${dtype}, expected F16 or F32`);
     found[name] = { shape, data: dtype === "F32" ? new Float32Array(part) : Float32Array.from(new Uint16Array(part), half) };
