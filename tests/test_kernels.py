@@ -119,13 +119,19 @@ def test_triton_values_and_gradients(n, m, data, d_in, d_out, kind, select, bias
 
 @TRITON
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("n, m, k, dtype", [(7, 300, 4, torch.float32), (7, 300, 3, torch.float16), (66, 200, 5, torch.float16), (3, 2100, 8, torch.float32),
+@pytest.mark.parametrize("n, m, k, dtype", [(7, 300, 4, torch.float32), (7, 300, 2, torch.float16), (66, 200, 5, torch.float16), (3, 300, 2, torch.float32),
                                             (1, 64, 8, torch.float32), (70, 130, 1, torch.float32)])
 def test_every_kernel(n, m, k, dtype, deterministic):
     torch.use_deterministic_algorithms(deterministic)
     try:
         for kind in ("skewed", "ties"): check("triton", *make(1, n, m, 24, 40, kind, dtype)[:4], k, 2., "abs", *make(1, n, m, 24, 40, kind, dtype)[4:], slack=4.)
     finally: torch.use_deterministic_algorithms(False)
+
+@TRITON
+def test_thousands_of_latents_in_chunks(monkeypatch):
+    "The running best goes through memory from chunk to chunk: here 64 latents at a time."
+    monkeypatch.setattr(kernels, "_CHUNK", 64)
+    for kind in ("normal", "ties"): check("triton", *make(1, 3, 300, 24, 40, kind)[:4], 2, 2., "abs", *make(1, 3, 300, 24, 40, kind)[4:])
 
 @TRITON
 def test_a_fused_encode_over_many_blocks():

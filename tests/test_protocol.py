@@ -284,10 +284,11 @@ SHIPPED = sorted((Path(protocol.__file__).parent/"data"/"results").glob("*.json"
 def test_every_shipped_file_names_a_command_that_makes_it(path):
     results = load_results(path.stem)
     program, *words = shlex.split(results["command"])
-    assert program in ("stan-nb", "python") and f"{path.stem}.json" in results["command"] and results["corpus_hash"]
+    assert program in ("stan-nb", "python") and f"{path.stem}.json" in results["command"]
     if program == "stan-nb": parse(words)
     else: assert (Path(protocol.__file__).parent.parent/words[0]).is_file()
-    if any(protocol._score_of(results, row) is not None for row in results["rows"]):
+    if any(protocol._score_of(results, row) is not None for row in results["rows"]):      # tables of times have no scores, and need no data
+        assert results["corpus_hash"]
         for row in results["rows"]: assert row_settings(results, row).seed == row["seed"]
 
 

@@ -24,7 +24,7 @@ function scene(svg, planes, points, colour, turn, reach) {
       const [c, s] = [Math.cos((i * Math.PI) / 24), Math.sin((i * Math.PI) / 24)];
       rim.push(at(a.map((v, j) => 0.92 * reach * (c * v + s * b[j]))).map((v) => v.toFixed(1)).join(","));
     }
-    draw(svg, "polygon", { points: rim.join(" "), fill: colour(number), "fill-opacity": 0.08, stroke: colour(number), "stroke-opacity": 0.6 });
+    draw(svg, "polygon", { points: rim.join(" "), fill: colour(number), "fill-opacity": Math.min(0.08, 0.3 / planes.length), stroke: colour(number), "stroke-opacity": 0.6 });
   });
   const far = points.map((p) => ({ ...p, depth: look(p.at, turn)[2] })).sort((p, q) => p.depth - q.depth);
   for (const p of far) { const [cx, cy] = at(p.at); draw(svg, "circle", { cx, cy, r: 3.1, fill: colour(p.plane) }); }
