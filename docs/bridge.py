@@ -103,6 +103,7 @@ def picture(data, place):
     live, png = data[LIVE], "".join(data["image/png"])
     width, state = png_size(png)[0] // 2, json.dumps(live["state"]).replace("<", "\\u003c")
     files = {f"_static/live/{place}.png": base64.b64decode(png), f"_static/live/{live['name']}.js": module(live["name"]).encode()}
+    files |= {f"_static/live/data/{path}": (ROOT / "stan_nb" / "data" / path).read_bytes() for path in live["state"].get("files", {}).values()}   # fetched when asked for
     html = (f'<div class="live" data-module="_static/live/{live["name"]}.js"><img src="_static/live/{place}.png" width="{width}" alt="{esc(live["alt"])}">'
             f'<script type="application/json">{state}</script></div>')
     return html, files

@@ -6,7 +6,7 @@ Docs: https://stan-nb.github.io/stan_nb/cli.html.md"""
 
 # %% auto #0
 __all__ = ['COMMANDS', 'BAD_INPUT', 'QUIET', 'DATA', 'TITLES', 'command', 'build_parser', 'takes_settings', 'positional', 'parse',
-           'main', 'one_line', 'complain', 'cmd_settings', 'cmd_train', 'open_model', 'cmd_eval', 'scored',
+           'main', 'one_line', 'complain', 'cmd_settings', 'cmd_train', 'sheet', 'open_model', 'cmd_eval', 'scored',
            'cmd_predict', 'answers', 'open_runs', 'measured', 'compared', 'spread', 'difference', 'verdict', 'smoothed',
            'plot_training', 'activity', 'by_word', 'choose_latents', 'top_words', 'word_parts', 'latent_parts',
            'score_parts', 'training_parts', 'origin_parts', 'report', 'cmd_report', 'cmd_demo', 'cmd_compare',
@@ -182,17 +182,35 @@ def cmd_train(
     resume:bool=False,       # go on with the run that is there
     overwrite:bool=False,    # replace the run that is there
     allow_code_execution:bool=False, # let the scores run code that the model wrote, for tasks that have such scores
+    beside:str="",           # other run folders, comma separated: drawn next to this one, if the task makes pictures
     **overrides,
 ):
     "Adapt a frozen model and keep it in a run folder."
     wanted = settings(modality, scale, **overrides)
     from stan_nb.train import train_run
+    others = [Run.open(other.strip()) for other in beside.split(",") if other.strip()]
     path = Path(out or f"runs/{'-'.join(filter(None, [wanted.modality, wanted.task, wanted.method]))}-s{wanted.seed}")
     found = train_run(wanted, path, resume=resume, overwrite=overwrite, allow_code_execution=allow_code_execution)
     scores = {f"{split} {name}": round(value, 4) for split, found_there in {"test": found["test"], **found["more"]}.items() for name, value in found_there.items()}
     print(Table([{"method": wanted.method, "trainable": f"{found['trainable']:,}", **scores,
                   f"{found['unit']}/s": round(found["tokens_per_s"]), "peak MiB": round(found["peak_mib"])}]))
     print(f"\ndata: {Run.open(path).info['source']}\nkept in {path}; next: stan-nb eval {path}, or stan-nb report {path}")
+    if picture := sheet([*others, Run.open(path)]): print("pictures:", picture)
+
+# %% ../nbs/70_cli.ipynb #b3ddfcef
+def sheet(
+    runs:list, # of Run; the last one keeps the picture
+)->Path|None:  # figures/preview.png of the last run; None if its task makes no pictures
+    "The task's own picture of what runs do."
+    from stan_nb.task import get_task
+    last = runs[-1]
+    task = get_task(last.settings.modality)(last.settings)
+    if task.unit != "images": return None
+    count, titles = {run.info["method"]: sum(r.info["method"] == run.info["method"] for r in runs) for run in runs}, {}
+    for run in runs: titles[TITLES.get(m := run.info["method"], m) + (f" {run.path.name}" if count[m] > 1 else "")] = run.path
+    figure = task.preview(titles).figure
+    figure.savefig(picture := last.figures/"preview.png", dpi=200)
+    return picture
 
 # %% ../nbs/70_cli.ipynb #aa00bf35
 def open_model(
