@@ -85,7 +85,7 @@ def opening(path):
     return setup, f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({page})"
 
 
-EXTRAS = dict.fromkeys(("28_pictures", "33_diffusion", "43_steering"), "[diffusion]")      # lessons that need more than the package's own dependencies
+EXTRAS = dict.fromkeys(("26_pictures", "33_diffusion", "43_steering"), "[diffusion]")      # lessons that need more than the package's own dependencies
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=ids)
