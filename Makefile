@@ -37,6 +37,8 @@ bench: $(READY)      ## STAN beside LoRA on this CPU: the ratio tables, under 6 
 evidence: $(READY)   ## everything that is stored rather than made live: results files, each by the command it names, and the adapter that comes with the package
 	$(BIN)/stan-nb evidence
 	rm -rf stan_nb/data/runs/minilm-docstrings && cp -r runs/evidence/stan-0 stan_nb/data/runs/minilm-docstrings
+	$(BIN)/stan-nb train math_code --task expressions --overwrite --out stan_nb/data/runs/math_code-expressions
+	$(BIN)/stan-nb train math_code --method lora --overwrite --out stan_nb/data/runs/math_code-words-lora
 	$(BIN)/stan-nb train diffusion --overwrite --out runs/evidence/digits-stan
 	rm -rf stan_nb/data/runs/digits-stan && mkdir stan_nb/data/runs/digits-stan && cp -r runs/evidence/digits-stan/run.json runs/evidence/digits-stan/adapter stan_nb/data/runs/digits-stan
 

@@ -105,6 +105,8 @@ def _owners(n, k):
 # %% ../nbs/50_kernels.ipynb #60c168ce
 def _few_skipped(m, k): return m <= 4 * k   # a dense product multiplies 4 to 5 times as fast as a sparse one: then zeros are cheaper than indices
 
+def _zeros_pay(n, m, k): return _few_skipped(m, k) or max(n, m) <= 64              # so few numbers that calls cost more than products
+
 def _finite(t): return math.isfinite(t.sum().item())                                   # False for an overflow, too: that only costs time
 
 _SOUND = {} # id of a tensor -> (the tensor, weakly; its version and address; the answer)
@@ -136,8 +138,8 @@ def _keep(z, k, scale, select):
 def _write_rows(y, values, indices, decoder, beta=1.):
     "y = beta * y + the chosen rows of decoder, weighted."
     (n, k), m = indices.shape, decoder.shape[0]
+    if _zeros_pay(n, m, k) and _sound(decoder): return y.addmm_(_scattered(indices.long(), values, m), decoder, beta=beta)
     if n == 1: return y.addmm_(values, decoder.index_select(0, indices[0]), beta=beta)
-    if _few_skipped(m, k) and _sound(decoder): return y.addmm_(_scattered(indices.long(), values, m), decoder, beta=beta)
     return _add_product(y, _starts(n, k), indices.view(-1), values.view(-1), decoder, beta)
 
 # %% ../nbs/50_kernels.ipynb #2b5e14f1
@@ -159,7 +161,7 @@ def _forward_rows(x, encoder, decoder, bias, y, k, scale, select, train, beta):
     if z.dtype != y.dtype: z = z.to(y.dtype)
     n, m = z.shape
     if k == m: return _write_all(y, z, decoder, scale, select, beta)
-    if not train and (_few_skipped(m, k) or max(n, m) <= 64) and _sound(decoder) and _keep(z, k, scale, select): return y.addmm_(z, decoder, beta=beta)
+    if not train and _zeros_pay(n, m, k) and _sound(decoder) and _keep(z, k, scale, select): return y.addmm_(z, decoder, beta=beta)
     values,indices = _pick(z, k, select)
     _write_rows(y, values * scale, indices, decoder, beta)
     return values,indices
@@ -420,7 +422,7 @@ def explain(x, encoder, decoder, k, encoder_bias=None, out=None):
     if backend != "cpu": return backend
     if k == m: return "cpu: all latents, dense products"
     pick = "sorted integer keys" if m <= 2048 and x.dtype != torch.float64 else "torch.topk"
-    write = "one gather" if n == 1 else "a dense product" if _few_skipped(m, k) else "a sparse product" if MKL else "embedding_bag"
+    write = "a dense product" if _zeros_pay(n, m, k) else "one gather" if n == 1 else "a sparse product" if MKL else "embedding_bag"
     learn = "dense" if m <= 8 * k else "sparse"
     return f"cpu: select by {pick}, write by {write}, learn by {learn} products"
 

@@ -6,14 +6,14 @@ Docs: https://stan-nb.github.io/stan_nb/measure.html.md"""
 
 # %% auto #0
 __all__ = ['parameters', 'timed', 'spread', 'latency', 'throughput', 'compare_speed', 'kept_mib', 'file_kib', 'efficiency_table',
-           'cost_table']
+           'cost_table', 'adapted_on_meta', 'step_cost', 'estimate']
 
 # %% ../nbs/22_measure.ipynb #cadd165f
 import itertools, statistics, tempfile, time
 from pathlib import Path
 import torch
 from torch import nn
-from .methods import count_parameters
+from .methods import count_parameters, lora_budget
 from .runs import Run
 from .settings import Table
 
@@ -174,3 +174,48 @@ def cost_table(
                      "share": result["trainable"] / result["total"], result["metric"]: result["test"][result["metric"]],
                      f"{result['unit']}/s": result["tokens_per_s"], "peak MiB": result["peak_mib"], "seconds": result["seconds"]})
     return rows
+
+# %% ../nbs/22_measure.ipynb #d3d89f09
+from torch.utils.flop_counter import FlopCounterMode
+
+# %% ../nbs/22_measure.ipynb #1d639067
+def adapted_on_meta(
+    model:nn.Module, # on the meta device
+    method,          # of `get_method` or `method_from_settings`
+    targets,         # as for `Method.build`
+    rank:int,        # LoRA's rank that sets the price
+    head=(),         # names of modules trained in full
+)->nn.Module:        # on the meta device
+    "The adapted model as shapes alone."
+    model = model.to_empty(device="cpu")
+    return method.build(model, targets, lora_budget(model, targets, rank, head), head).to("meta").train()
+
+def step_cost(
+    loss, # called without arguments: a scalar from a model and a batch on the meta device
+)->dict:  # flops of the forward pass and of the whole step (matrix products, 2 for a multiply-add), kept_mib for the backward pass
+    "What one training step would compute and keep, counted without computing it."
+    count, kept = FlopCounterMode(display=False), {}
+    def keep(t):
+        if not isinstance(t, nn.Parameter): kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+    with count:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): value = loss()
+        forward = count.get_total_flops()
+        if value.requires_grad: value.backward()
+    return dict(forward=forward, step=count.get_total_flops(), kept_mib=sum(kept.values()) / 2**20)
+
+# %% ../nbs/22_measure.ipynb #20db1512
+def estimate(
+    model:nn.Module,  # adapted, on the meta device
+    loss,             # as for `step_cost`: one batch of training
+    steps:int,        # of the optimizer
+    looks:float=0.,   # batches that are only evaluated, in all
+    tflops:float=20., # 10^12 operations a second that the device sustains
+    head=(),          # names of modules trained in full
+)->dict:              # parameters; GiB of weights, optimizer (gradients, AdamW's two averages) and activations, all in float32, and their sum; hours
+    "What a run will need. Raises ValueError for a throughput of 0 or less."
+    if not tflops > 0: raise ValueError(f"tflops = {tflops!r} is out of range: allowed is (0, inf)")
+    count, step, gib = count_parameters(model, head), step_cost(loss), 2**30
+    memory = dict(weights_gib=4 * count["total"] / gib, optimizer_gib=12 * count["trainable"] / gib, activations_gib=step["kept_mib"] / 1024)
+    flops = steps * step["step"] + looks * step["forward"]
+    return count | memory | dict(memory_gib=sum(memory.values()), tflop=flops / 1e12, hours=flops / (tflops * 3.6e15))

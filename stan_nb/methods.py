@@ -20,7 +20,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_mode
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from fastcore.basics import patch
-from .layer import in_out_features
+from .layer import in_out_features, named_adapters
 from .peft import StanConfig
 from .settings import Settings, in_range, near
 from .sora import THRESHOLDS, SoraConfig, gate_penalty, gates, prox_step, prune, sora_layers
@@ -107,7 +107,7 @@ class Method:
     name, chosen, base, head = "", {}, "", ()
     def __post_init__(self):
         for option, allowed in dict(k="[1, inf)", scaling="(0, inf)", dropout="[0, 1)", start="(1, inf)", orthogonal="[0, inf)",
-                                    xi="[0, inf)", pull="[0, inf)").items():
+                                    xi="[0, inf)", pull="[0, inf)", anneal="[0, 1]").items():
             value = getattr(self, option, None)
             if value is None or in_range(value, allowed): continue
             raise ValueError(f"{option} = {value!r} is out of range: allowed is {allowed}")
@@ -333,6 +333,8 @@ class Stan(PeftMethod):
     scaling:float=2.         # alpha / k
     dropout:float=0.         # on the adapter's input
     encoder_bias:bool=False  # a bias on the latents
+    anneal:float=0.          # fraction of the steps in which k falls from all latents to `k`; 0: `k` from the start
+    falls = step = 0         # steps of that fall, and steps done
     @property
     def extra(self): return int(self.encoder_bias)
     def __post_init__(self):
@@ -346,6 +348,36 @@ class Stan(PeftMethod):
         self.chosen = dict(num_latents=latents, k=self.k) | ({"more": sum(n - latents for n in units.values())} if pattern else {})
         return StanConfig(num_latents=latents, k=self.k, alpha=self.scaling * self.k, select=self.select, stan_dropout=self.dropout,
                           encoder_bias=self.encoder_bias, latents_pattern=pattern, **shared)
+
+# %% ../nbs/15_methods.ipynb #6eba49d2
+@patch
+def k_at(
+    self:Stan,
+    step:int,    # steps done
+    latents:int, # of a layer
+)->int:          # latents it keeps per token in the next step
+    "A geometric fall from all latents to `k`."
+    return self.k if step >= self.falls else max(self.k, round(latents * (self.k / latents)**(step / self.falls)))
+
+@patch
+def after_step(self:Stan, model, step):
+    self.step = step
+    if not self.falls or step > self.falls: return
+    for adapter in self.adapted: adapter.k, adapter.alpha = (k := self.k_at(step, adapter.num_latents)), self.scaling * k
+
+@patch
+def prepare(self:Stan, model, total_steps):
+    self.falls, self.adapted = round(self.anneal * total_steps), [adapter for _, adapter in named_adapters(model)]
+    self.after_step(model, 0)
+
+@patch
+def settled(self:Stan, step): return step >= self.falls
+
+@patch
+def state_dict(self:Stan): return dict(step=self.step)
+
+@patch
+def load_state_dict(self:Stan, state): self.after_step(None, state.get("step", 0))
 
 # %% ../nbs/15_methods.ipynb #ea4f05e1
 @dataclass

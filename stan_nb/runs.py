@@ -162,7 +162,7 @@ def commit()->str: # a git hash, with "+changes" if tracked files differ from it
 def _now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 # %% ../nbs/02_runs.ipynb #c96eb40e
-PARTS = ("run.json", "metrics.jsonl", "adapter", "checkpoints", "figures", "report.html", "weights.safetensors")
+PARTS = ("run.json", "metrics.jsonl", "adapter", "checkpoints", "figures", "outputs", "report.html", "weights.safetensors")
 _FORMAT = "stan_nb run 1"
 _CHOICE = "go on with it with --resume (resume=True), or replace it with --overwrite (overwrite=True)"
 

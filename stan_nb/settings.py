@@ -82,6 +82,7 @@ class Settings:
     scaling:float   = setting(2., "the factor before the update: alpha/k for STAN, alpha/r for LoRA", "(0, inf)")
     dropout:float   = setting(0., "dropout on the adapter's input", "[0, 1)")
     encoder_bias:bool = setting(False, "a bias on the latents (STAN)")
+    anneal:float    = setting(0., "fraction of the steps in which k falls from all latents to its value; 0: never (STAN)", "[0, 1]")
     xi:float        = setting(3e-4, "how far each step takes a gate towards 0 (SoRA)", "[0, inf)")
     targets:str     = setting("", "modules to adapt, comma separated, or all-linear; empty: the task's own")
     lr:float        = setting(2e-3, "peak learning rate of the adapter", "(0, inf)")

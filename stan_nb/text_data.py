@@ -244,6 +244,12 @@ def as_row(
         raise ValueError(f"{where}: field 'label' = {label!r} is no class: allowed is {allowed}")
     return dict(zip(("text", "pair"), (found[column] for column in columns))) | dict(label=label)
 
+# %% ../nbs/29_text_data.ipynb #a481cce6
+def _where_not_utf8(line):
+    "The field that holds bytes which are no UTF-8, if the row can be read otherwise."
+    try: return "field " + ", ".join(repr(key) for key, value in json.loads(line.decode(errors="replace")).items() if "\ufffd" in f"{key}{value}")
+    except (ValueError, AttributeError): return "the line"
+
 # %% ../nbs/29_text_data.ipynb #abfe813b
 def read_jsonl(
     path:Path,     # a file with a JSON object a line
@@ -255,7 +261,8 @@ def read_jsonl(
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip(): continue
         where = f"{path}, line {number}"
-        try: found = json.loads(line)
+        try: found = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error: raise ValueError(f"{where}: {_where_not_utf8(line)} is not UTF-8 (byte {line[error.start]:#04x}): save the file as UTF-8") from None
         except ValueError as error: raise ValueError(f"{where}: no JSON ({str(error).splitlines()[0]})") from None
         if not isinstance(found, dict): raise ValueError(f"{where}: a {type(found).__name__}, expected an object with named fields")
         columns = columns or next((c for c in COLUMNS if set(c) <= set(found)), None)

@@ -100,7 +100,8 @@ def steps_from(
             mine, batches = batches[:plan.batches], batches[plan.batches:]
             seed_all(settings.seed, step, accelerator.process_index)
             tensors = [task.collate(take(rows, numbers)) for numbers in mine]
-            weights = [len(numbers) / sum(map(len, mine)) for numbers in mine]
+            weights = [task.weight(batch) for batch in tensors]
+            weights = [weight / max(1, sum(weights)) for weight in weights]
             yield step, sum(int(task.size(batch)) for batch in tensors), list(zip(weights, send_to_device(tensors, accelerator.device)))
 
 # %% ../nbs/21_train.ipynb #3920871c
@@ -307,7 +308,7 @@ def finish(self:Job, data, memory):
     count = count_parameters(self.model, self.method.head)
     self.method.finish(self.model)
     look = lambda split: evaluate(self.task, self.model, data[split], progress=False, accelerator=self.accelerator)
-    scores, more = look("test") if "test" in data else None, {split: look(split) for split in data if split not in ("train", "valid", "test")}
+    scores, more = look("test") | self.task.side_effects(self.model) if "test" in data else None, {split: look(split) for split in data if split not in ("train", "valid", "test")}
     self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False).eval()
     return dict(metric=self.task.metric, test=scores, more=more, valid=self.at.best, best_step=self.at.best_step, steps=self.at.step,
                 seconds=round(self.at.seconds, 3), unit=self.task.unit, tokens_per_s=round(self.at.units / self.at.seconds, 1),
@@ -365,12 +366,15 @@ def train_run(
     save_every:float=120., # seconds between checkpoints
     progress:bool=True,    # show a bar
     look:bool=True,        # score the test split at the end; not while settings are still being searched
+    allow_code_execution:bool=False, # let the scores run code that the model wrote, if the task has such scores
 )->dict:                   # what `fit` returned; it is run.json's "result", too
     "The whole job, from settings to an adapter on disk. All input is checked before the run folder is made or changed."
     path = Path(path)
     if not (resume or overwrite) and path.exists() and (path.is_file() or any(path.iterdir())): Run.create(path, settings)  # raises
     accelerator = make_accelerator(settings)
     task = get_task(settings.modality)(settings)
+    task.allow_code_execution = allow_code_execution
+    task.check_scoring()
     data, model = task.load_data(), task.build_model()
     if not look: data = {split: data[split] for split in ("train", "valid")}
     targets, head, method = task.targets(model), task.head(model), method_from_settings(settings)
@@ -378,7 +382,7 @@ def train_run(
     seed_all(settings.seed)
     model = method.build(model, targets, budget, head)
     method.prepare(model, make_plan(len(data["train"]), settings, accelerator.num_processes).total)
-    facts = dict(task=task.name, source=task.source, corpus_hash=task.corpus_hash, budget=budget, chosen=method.chosen)
+    facts = dict(task=task.name, source=task.source, corpus_hash=task.corpus_hash, budget=budget, chosen=method.chosen, identity=task.identity)
     run = Run.create(path, settings, resume, overwrite, **facts) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     run = run or Run.open(path)

@@ -151,7 +151,7 @@ def test_a_damaged_run_is_one_line(capsys, tmp_path, run, damage, command):
 def test_eval_gives_what_training_gave(capsys, trained):
     assert main(["eval", str(trained/"lora-1")]) == 0
     out = capsys.readouterr().out
-    for name, value in Run.open(trained/"lora-1").info["result"]["test"].items(): assert re.search(rf"test +{name} +{round(value, 4)}\n", out)
+    for name, value in Run.open(trained/"lora-1").info["result"]["test"].items(): assert re.search(rf"test +{name} +{round(value, 4)}\s", out)
 
 
 def interrupt(process, when, number=signal.SIGINT):

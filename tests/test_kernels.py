@@ -486,3 +486,12 @@ def test_the_gpu_script_runs_without_a_gpu(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = tmp_path.glob("*.json")
     assert {"forward", "training step"} <= {r["what"] for r in load_results(path)["rows"]}
+
+
+@pytest.mark.parametrize("n", [1, 3, 40, 70, 300])
+@pytest.mark.parametrize("m, k", [(4, 1), (16, 3), (16, 4), (60, 2), (100, 5), (1024, 16)])
+def test_gradients_cost_no_bit(n, m, k):
+    "What is trained, saved and loaded answers exactly as it did: the same bits whether gradients are asked for or not."
+    torch.manual_seed(n + m)
+    x, E, D, out = torch.randn(n, 24), torch.randn(m, 24), torch.randn(m, 40), torch.randn(n, 40)
+    assert torch.equal(sparse_adapt(x, E, D, k, 1.7, out=out), sparse_adapt(x, E.clone().requires_grad_(), D, k, 1.7, out=out))

@@ -149,13 +149,19 @@ def test_a_known_name_brings_its_labels(tmp_path):
     ('{"sentence": "x", "label": "1"}', "line 3: field 'label' = '1'"), ('{"sentence": "x", "label": true}', "line 3: field 'label' = True"),
     ('{"sentence": "x", "label": NaN}', "line 3: field 'label' = nan"), ('{"sentence": "", "label": 1}', "line 3: field 'sentence' = ''"),
     ('{"sentence": 5, "label": 1}', "line 3: field 'sentence' = 5"), ('{"sentence": "x", "label": -1}', "line 3: field 'label' = -1"),
-    ('{"sentence1": "x", "sentence2": "y", "label": 1}', "line 3: field 'sentence' is missing"), (b"\xff\xfe", "line 3: no JSON")])
+    ('{"sentence1": "x", "sentence2": "y", "label": 1}', "line 3: field 'sentence' is missing"), (b"\xff\xfe", "line 3: the line is not UTF-8 (byte 0xff)"),
+    ('{"sentence": "caf\xe9", "label": 1}'.encode("latin-1"), "train.jsonl, line 3: field 'sentence' is not UTF-8 (byte 0xe9)"), (b'{"sentence": "\xe9"', "line 3: the line is not UTF-8")])
 def test_a_bad_row_is_named(tmp_path, line, message):
     good = b'{"sentence": "x", "label": 0}\n'
     (tmp_path/"train.jsonl").write_bytes(good * 2 + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good)
     folder(tmp_path, dev=SST)
     with pytest.raises(ValueError) as error: read_folder(tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+def test_a_mark_of_byte_order_is_no_text(tmp_path):
+    folder(tmp_path, train=SST, dev=SST)
+    (tmp_path/"train.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path/"train.jsonl").read_bytes())
+    assert read_folder(tmp_path)["test"][0]["text"] == SST[0]["sentence"]
 
 def test_bad_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing to test on"): read_folder(folder(tmp_path, train=SST))
