@@ -318,17 +318,19 @@ def contact_sheet(
     with styled(plt.figure().add_subplot()) as ax:
         plt.close(ax.figure)
         each, side = next(iter(columns.values())).shape[1], .38
-        fig, axes = plt.subplots(1, len(columns), figsize=(.9 + side * each * len(columns), .55 + side * len(rows)), squeeze=False)
+        wide = max(.9 + len(columns) * max(side * each, .1 * max(map(len, columns))), .1 * len(title))       # room for the words, too
+        fig, axes = plt.subplots(1, len(columns), figsize=(wide, .55 + .3 * bool(title) + side * len(rows)), squeeze=False)
         for ax, (name, images) in zip(axes[0], columns.items()):
             shown = F.pad((images + 1) / 2, (1, 1, 1, 1), value=.5)                        # a grey line between pictures
-            high, wide = shown.shape[-2:]
-            mosaic = shown.permute(0, 3, 1, 4, 2).reshape(len(rows) * high, each * wide, -1)
+            height, width = shown.shape[-2:]
+            mosaic = shown.permute(0, 3, 1, 4, 2).reshape(len(rows) * height, each * width, -1)
             ax.imshow(mosaic.expand(-1, -1, 3).clamp(0, 1).numpy(), interpolation="nearest", aspect="equal")
             ax.set_xticks([])
-            ax.set_yticks(high * (np.arange(len(rows)) + .5), rows if ax is axes[0][0] else [""] * len(rows))
+            ax.set_yticks(height * (np.arange(len(rows)) + .5), rows if ax is axes[0][0] else [""] * len(rows))
             ax.tick_params(length=0)
             ax.grid(False)
             ax.set_frame_on(False)
             ax.set_title(name, loc="center", fontsize=10)
         if title: fig.suptitle(title, fontsize=11)
+        plt.close(fig)                                                                     # whoever asked for it shows it, once
     return fig
