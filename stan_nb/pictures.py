@@ -81,7 +81,7 @@ def draw_digits(
     across, down = torch.randint(3, (2, n), generator=rng)
     moved = torch.stack([F.pad(x, (1, 1, 1, 1))[:, j:j+16, i:i+16] for x, i, j in zip(ink[which], across, down)])
     for number, style in enumerate(styles):
-        if style != "plain": moved[kind == number] = STYLES[style](moved[kind == number])
+        if style != "plain" and (kind == number).any(): moved[kind == number] = STYLES[style](moved[kind == number])
     return moved.clamp(0, 1) * 2 - 1, digits[which], kind
 
 # %% ../nbs/26_pictures.ipynb #b3f470ca

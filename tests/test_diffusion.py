@@ -82,6 +82,10 @@ def test_no_pair_is_both_shown_and_unseen(n, unseen):
     assert len(set(seeds)) == len(seeds)
 
 
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_fewer_pictures_than_styles(n): assert len(draw_digits("train", n, list(STYLES), n)[0]) == n
+
+
 @pytest.mark.parametrize("style", ["plain", *STYLES])
 def test_each_style_is_told_apart(style):
     judge = load_judge()
