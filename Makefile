@@ -24,11 +24,11 @@ demo: $(READY)       ## adapt a real pretrained encoder with LoRA and with STAN;
 	$(BIN)/stan-nb demo
 
 test: $(READY)       ## every test: notebooks in sync, clean and running, then pytest
-	$(BIN)/nbdev-test --n-workers 2 --do-print --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --do-print --timing
 	$(BIN)/python -m pytest tests
 
 test-all: $(READY)   ## the same with the long counts
-	$(BIN)/nbdev-test --n-workers 2 --do-print --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --do-print --timing
 	$(BIN)/python -m pytest tests -m "slow or not slow"
 
 bench: $(READY)      ## STAN beside LoRA on this CPU: the ratio tables, under 6 minutes
