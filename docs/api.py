@@ -1,5 +1,5 @@
 "The reference: a page for every module, from its signatures and the comments beside the parameters (docments)."
-import functools, importlib, inspect, re, tomllib, typing
+import functools, importlib, inspect, json, re, tomllib, typing
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -103,7 +103,7 @@ def names(module):
 
 def entry(module, name, obj, repository, lesson, anchor):
     "One name of a module."
-    if not (inspect.isclass(obj) or callable(obj)): return fenced("py:data", f"{name}\n:value: {short(obj)}", f"[lesson]({lesson}{f'#{anchor}' if anchor else ''})" if lesson else "", 3)
+    if not (inspect.isclass(obj) or callable(obj)): return fenced("py:data", f"{name}\n:value: {json.dumps(short(obj), ensure_ascii=False)}", f"[lesson]({lesson}{f'#{anchor}' if anchor else ''})" if lesson else "", 3)
     body = "\n\n".join(filter(None, [doc(obj), parameters(obj), links(obj, repository, lesson, anchor)]))
     if not inspect.isclass(obj): return fenced("py:function", call(name, obj), body, 3)
     inside = []
