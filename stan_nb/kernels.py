@@ -105,19 +105,22 @@ def _owners(n, k):
 # %% ../nbs/50_kernels.ipynb #60c168ce
 def _few_skipped(m, k): return m <= 4 * k   # a dense product multiplies 4 to 5 times as fast as a sparse one: then zeros are cheaper than indices
 
-def _zeros_pay(n, m, k): return _few_skipped(m, k) or max(n, m) <= 64              # so few numbers that calls cost more than products
+def _zeros_pay(n, m, k): return _few_skipped(m, k) or n * m <= 4096             # so few numbers that calls cost more than products
 
 def _finite(t): return math.isfinite(t.sum().item())                                   # False for an overflow, too: that only costs time
 
-_SOUND = {} # id of a tensor -> (the tensor, weakly; its version and address; the answer)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_FACTS = {} # id of a tensor -> (the tensor, weakly; its version and address; the facts)
 
-def _sound(t):
-    "Whether all of t is finite, known from last time if t has not changed: 0 * inf is NaN, so dense products need finite factors."
-    known = _SOUND.get(id(t))
+def _facts(t):
+    "Whether all of t is finite, and whether it is an ordinary float32 tensor on the CPU: known from last time if t has not changed."
+    known = _FACTS.get(id(t))
     if known and known[0]() is t and known[1] == (t._version, t.data_ptr()): return known[2]
-    answer = _finite(t)
-    if not t.is_inference(): _SOUND[id(t)] = weakref.ref(t, lambda _, key=id(t): _SOUND.pop(key, None)),(t._version, t.data_ptr()),answer
-    return answer
+    facts = _finite(t),t.dtype == torch.float32 and t.is_cpu and type(t) in _PLAIN
+    if not t.is_inference(): _FACTS[id(t)] = weakref.ref(t, lambda _, key=id(t): _FACTS.pop(key, None)),(t._version, t.data_ptr()),facts
+    return facts
+
+def _sound(t): return _facts(t)[0]                                                     # 0 * inf is NaN, so dense products need finite factors
 
 def _scattered(indices, values, m): return values.new_zeros(len(values), m).scatter_(1, indices, values)
 
@@ -299,8 +302,6 @@ def _gradients(ctx, G):
 _once = once_differentiable(_gradients)      # with create_graph the result says that there is no second derivative
 
 # %% ../nbs/50_kernels.ipynb #a144f9d2
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
 def _obstacle(backend, tensors):
     "Why a backend cannot compute with these tensors, or None."
     for t in tensors:
@@ -323,12 +324,12 @@ def _backend(tensors):
 # %% ../nbs/50_kernels.ipynb #0efae512
 def _few_tokens(x, encoder, decoder, k, scale, bias, out):
     "out += the update of up to 16 tokens, without gradients: a step of text generation. False, and nothing done, if that needs the general way."
-    m, one = encoder.shape[0],x.numel() == encoder.shape[1]
-    simple = (one or m <= 64) and k < m and scale and x.shape[-1] == encoder.shape[1] and out.shape[-1] == decoder.shape[1]
-    if (not simple or torch.is_grad_enabled() or not (x.dtype == encoder.dtype == decoder.dtype == out.dtype == torch.float32 and out.is_cpu)
-        or not (x.is_contiguous() and out.is_contiguous()) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        or _obstacle("cpu", (x, encoder, decoder, out))): return False
-    z, out = F.linear(x.view(-1, encoder.shape[1]), encoder, bias),out.view(-1, decoder.shape[1])
+    if (torch.is_grad_enabled() or not (type(x) is type(out) is Tensor and x.dtype == out.dtype == torch.float32 and x.is_contiguous() and out.is_contiguous())
+        or not (_facts(encoder)[1] and _facts(decoder)[1]) or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None): return False
+    (m, d), one = encoder.shape,x.numel() == encoder.shape[1]
+    if not ((one or x.numel() * m <= 4096 * d) and k < m and scale and x.shape[-1] == d and out.shape[-1] == decoder.shape[1] and out.is_cpu): return False
+    z, out = F.linear(x.view(-1, d), encoder, bias),out.view(-1, decoder.shape[1])
     if not one:
         if not (_sound(decoder) and _keep(z, k, scale, "abs")): return False
         out.addmm_(z, decoder)
@@ -347,9 +348,9 @@ def _few_tokens(x, encoder, decoder, k, scale, bias, out):
 def adapt(x, encoder, decoder, k, scale, select="abs", encoder_bias=None, out=None, inplace=False):
     "What `stan_nb.topk.sparse_adapt` calls, with its arguments: checks, chooses the backend, and computes with or without gradients."
     k, select = check_k(k, encoder.shape[0]),check_select(select)
+    if torch.compiler.is_compiling(): return _adapt_compiled(x, encoder, decoder, k, scale, select, encoder_bias, out)
     if inplace and select == "abs" and 0 < x.numel() <= 16 * encoder.shape[1] and set_backend.current in ("auto", "cpu"):
         if _few_tokens(x, encoder, decoder, k, scale, encoder_bias, out): return out
-    if torch.compiler.is_compiling(): return _adapt_compiled(x, encoder, decoder, k, scale, select, encoder_bias, out)
     tensors = [t for t in (x, encoder, decoder, encoder_bias, out) if t is not None]
     backend = _backend(tensors)
     if backend == "reference" or not x.numel() or (out is not None and out.shape != x.shape[:-1] + decoder.shape[1:]):

@@ -95,6 +95,11 @@ def decode(self:StanAdapter,
     return decode_latents(values, indices, self.decoder, self.scaling, out)
 
 # %% ../nbs/11_layer.ipynb #70ecc802
+def _own(module, name):
+    "A parameter, found without nn.Module's slow search for attributes: a token of generation is little work."
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
 @patch
 def forward(self:StanAdapter,
     x:torch.Tensor,             # inputs, shape (..., in_features)
@@ -102,11 +107,11 @@ def forward(self:StanAdapter,
     inplace:bool=False,         # True: nobody else reads `out`, so it may be overwritten; False: it is not modified
 )->torch.Tensor: # shape (..., out_features), dtype of `out`
     "out + scaling * D·TopK(E·x + b); `latent_hooks`, where there are any, see and may change the latents in between."
-    encoder,dropout = self.encoder,self.dropout
+    encoder,decoder,dropout = _own(self, "encoder"),_own(self, "decoder"),self._modules["dropout"]
     if x.dtype != encoder.dtype: x = self._cast(x)
     if type(dropout) is not nn.Identity: x = dropout(x)
     if not self.latent_hooks:
-        return sparse_adapt(x, encoder, self.decoder, self.k, self.scaling, self.select, self.encoder_bias, out, inplace)
+        return sparse_adapt(x, encoder, decoder, self.k, self.scaling, self.select, self.encoder_bias, out, inplace)
     values,indices = self.encode(x)
     for hook in self.latent_hooks: values,indices = hook(self, values, indices)
     return self.decode(values, indices, out)

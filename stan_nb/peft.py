@@ -202,7 +202,7 @@ class Linear(nn.Module, StanLayer):
         **kwargs,
     )->torch.Tensor: # shape (..., out_features), the base layer's dtype
         "The frozen layer, plus every active adapter, or plus the adapter named for each row."
-        base,adapters = self.base_layer,self.stan_sae
+        base,adapters = self._modules["base_layer"],self._modules["stan_sae"]._modules   # as self.base_layer, self.stan_sae, only faster
         out = base(x, *args, **kwargs)
         if self._disable_adapters: return out
         if adapter_names is not None: return self._mixed_batch(x, out, adapter_names)
