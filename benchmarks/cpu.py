@@ -4,7 +4,7 @@
     python benchmarks/cpu.py --tables adapter decode --out /tmp/speed.json
 
 One thread. Every number is a ratio of CPU times measured in turns in one process (medians; in brackets the quartiles). Inputs rotate, since a
-repeated batch flatters the selection. "fused LoRA" is the control: LoRA's products, added in place without temporaries; what STAN gains beyond it is
+repeated batch flatters the selection. "LoRA in place" is the control: LoRA's products, added in place without temporaries; what STAN gains beyond it is
 sparsity. "floor" is the frozen layer or model without any adapter: no adapter can be below. glibc returns large buffers to the system at every call unless
 MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ are raised; then every temporary costs page faults, which LoRA has more of. The tables are measured
 with raised thresholds, in a process of its own, and the first one with the default, too.
@@ -58,8 +58,8 @@ def adapter_rows(backends, rounds, widths=((768, 1024), (768, 2048), (2048, 1024
                 x, out = next(xs)
                 torch.autograd.grad(f(x, out), (x, *parameters), G)
             return call
-        for what, calls in (("forward", {"PEFT LoRA": forward(lora), "fused LoRA": forward(fused), **{f"STAN {b}": with_backend(b, forward(stan)) for b in backends}}),
-                            ("forward + backward", {"PEFT LoRA": both(lora, (A, B)), "fused LoRA": both(fused, (A, Bt)),
+        for what, calls in (("forward", {"PEFT LoRA": forward(lora), "LoRA in place": forward(fused), **{f"STAN {b}": with_backend(b, forward(stan)) for b in backends}}),
+                            ("forward + backward", {"PEFT LoRA": both(lora, (A, B)), "LoRA in place": both(fused, (A, Bt)),
                                                     **{f"STAN {b}": with_backend(b, both(stan, (A, Bt))) for b in backends}})):
             yield row("adapter", f"d={d} N={n} ({m}, {k})", what, compare_speed(calls, rounds))
 

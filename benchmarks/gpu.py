@@ -5,7 +5,7 @@
 
 Checks: the sets, values and gradients of every path against the formula in float64, for float32, float16 and bfloat16, eager, compiled, under
 autocast, with deterministic algorithms on and off. Times: CUDA events, medians over rotating inputs, taken in turns; "floor" is what reading and
-writing the bytes that must move takes at the memory bandwidth that a copy reaches on this card. "fused LoRA" is the control: LoRA's products added in place.
+writing the bytes that must move takes at the memory bandwidth that a copy reaches on this card. "LoRA in place" is the control: LoRA's products added in place.
 """
 import argparse, itertools, os, re, statistics, sys, time
 from pathlib import Path
@@ -120,8 +120,8 @@ def times(device, sizes, rounds):
                 x, out = next(xs)
                 torch.autograd.grad(f(x, out), (x, *parameters), G)
             return call
-        passes = {"forward": {"PEFT LoRA": forward(lora), "fused LoRA": forward(fused), "STAN": forward(stan)}}
-        if n > 1: passes["training step"] = {"PEFT LoRA": step(lora, (A, B)), "fused LoRA": step(fused, (A, Bt)), "STAN": step(stan, (A, Bt))}
+        passes = {"forward": {"PEFT LoRA": forward(lora), "LoRA in place": forward(fused), "STAN": forward(stan)}}
+        if n > 1: passes["training step"] = {"PEFT LoRA": step(lora, (A, B)), "LoRA in place": step(fused, (A, Bt)), "STAN": step(stan, (A, Bt))}
         for what, calls in passes.items():
             with set_backend("triton"): found = compare(calls, device, rounds, 10 if n == 1 else 1)
             floor = floor_bytes(n, m, k, d, dtype.itemsize, what != "forward") / speed
