@@ -75,7 +75,7 @@ def prose(text, names, known):
     "Markdown of a notebook as MyST: links to lessons and to the API. Raises Unknown for a construct that only some other program renders."
     for block in re.split(r"\n[ \t]*\n", text):
         if re.match(r" {0,3}</?[a-z]", block) and re.search(r"[`$]|\*\*", block): raise Unknown(f"Markdown in a block of HTML (leave a line blank before it): {block.strip()[:60]!r}")
-    parts = CODE.split(text)
+    parts = CODE.split(text.replace("{{repository}}", REPOSITORY))            # in code, too: it is there to be copied
     for i, part in enumerate(parts):
         if i % 2:                                                            # code or formula
             inner = part.strip("`")
@@ -86,12 +86,12 @@ def prose(text, names, known):
             continue
         for tag in re.findall(r"</?([a-zA-Z][\w-]*)[^>]*>", part):
             if tag not in TAGS: raise Unknown(f"the tag <{tag}> in {part.strip()[:60]!r}")
-        for leak in re.findall(r":::|\{\{(?!repository\}\})|\{[.#%][^}]*\}|@fig-|@eq-|\\\(|\\\[", part): raise Unknown(f"{leak!r} in {part.strip()[:60]!r}")
+        for leak in re.findall(r":::|\{\{|\{[.#%][^}]*\}|@fig-|@eq-|\\\(|\\\[", part): raise Unknown(f"{leak!r} in {part.strip()[:60]!r}")
         def link(found):
             if name_of(found[2]) not in known: raise Unknown(f"a link to {found[2]}, which is no lesson")
             return f"{found[1]}({name_of(found[2])}.ipynb{found[3] or ''})"
         part = re.sub(r"(\]|`)\((\d\d_\w+)\.ipynb(#[\w-]+)?\)", link, part)
-        parts[i] = part.replace("{{repository}}", REPOSITORY)
+        parts[i] = part
     return "".join(parts)
 
 

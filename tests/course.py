@@ -1,9 +1,12 @@
 "Where the repository and its built site are, and a small reader of the notebooks. Not in conftest: there are two, and only one can be imported by that name."
-import json, re
+import json, re, shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "docs" / "_build" / "html"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# No sandbox, because tests may run as root; nothing that would call home.
+QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
 def notebooks():

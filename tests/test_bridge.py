@@ -150,3 +150,8 @@ def test_stored_outputs(tmp_path):
     assert store.code_hash(nb) == former
     nb["cells"][0]["source"] = "a = 2"
     assert store.code_hash(nb) != former
+
+
+def test_the_address_is_filled_in_where_it_is_copied_from():
+    "In code as in prose."
+    for text in ("see {{repository}}", "```sh\ngit clone {{repository}} x\n```", "`{{repository}}`"): assert "{{" not in bridge.prose(text, {}, set())

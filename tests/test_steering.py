@@ -11,7 +11,6 @@ from stan_nb.steering import ask, latent_means, own_latents, steer, switched_on,
 from stan_nb.task import predict_rows
 from stan_nb.viz import module
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +24,8 @@ def picture(opened): return steer(*opened, latent_means(*opened))
 
 
 @pytest.fixture(scope="module")
-def page(picture, tmp_path_factory):
+def page(chromium, picture, tmp_path_factory):
     "An empty page in Chromium, served beside the module and its files as the site lays them out."
-    if not CHROMIUM: pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    playwright = pytest.importorskip("playwright.sync_api")
     folder = tmp_path_factory.mktemp("site")
     (folder / "steer.js").write_text(module("steer"))
     (folder / "index.html").write_text("<!doctype html><title>t</title><div id=el></div>")
@@ -39,15 +36,13 @@ def page(picture, tmp_path_factory):
         def log_message(self, *words): pass
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
-        page = browser.new_page()
-        page.trouble = []
-        page.on("pageerror", lambda error: page.trouble.append(str(error)))
-        page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
-        yield page
-        assert page.trouble == []
-        browser.close()
+    page = chromium.new_page()
+    page.trouble = []
+    page.on("pageerror", lambda error: page.trouble.append(str(error)))
+    page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
+    yield page
+    assert page.trouble == []
+    page.close()
     server.shutdown()
 
 

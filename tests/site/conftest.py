@@ -3,11 +3,7 @@ import functools, http.server, shutil, subprocess, threading
 import xml.etree.ElementTree as xml
 
 import pytest
-from course import BUILT, ROOT
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# No sandbox, because tests may run as root; nothing that would call home.
-QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+from course import BUILT, CHROMIUM, ROOT
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -33,16 +29,6 @@ def site():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    if not CHROMIUM: pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
