@@ -194,6 +194,17 @@ def test_the_real_gsm8k_end_to_end(tmp_path, capsys, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path/"run"/"outputs"/"test.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and set(lines[0]) == {"prompt", "answer", "extracted", "reference", "correct"} and all(line["reference"].replace(",", "").lstrip("-").isdigit() for line in lines)
 
+def test_metamath_is_scored_on_gsm8k(tmp_path, monkeypatch):
+    "A shelf with MetaMathQA's training rows alone: the questions to score are those of GSM8K."
+    folder(tmp_path/"metamath", train=[dict(query=f"{i} and {i}?", response=f"It is {2 * i}.\nThe answer is: {2 * i}") for i in range(20)])
+    folder(tmp_path/"gsm8k", train=gsm(20), test=gsm(3))
+    monkeypatch.setenv("STAN_DATA", str(tmp_path))
+    splits, judge, _ = find_rows("metamath")
+    assert {name: len(rows) for name, rows in splits.items()} == dict(train=18, valid=2, test=3) and judge == "number"
+    assert splits["train"][0]["answer"].endswith("#### 2") and splits["test"][0]["prompt"].startswith("Question: Tom has")
+    (tmp_path/"metamath"/"train.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="nothing to score"): find_rows("metamath")
+
 def test_train_and_eval_on_the_command_line(tmp_path, capsys):
     run = str(tmp_path/"run")
     assert main(["train", "math_code", "--scale", "embedded", "--out", run, "--max-steps", "2", "--train-size", "40", "--test-size", "5"]) == 0
