@@ -22,7 +22,7 @@ from stan_nb.settings import Settings
 from stan_nb.task import predict_rows
 from stan_nb.train import fit
 
-CACHE, K, STEPS, TUNED_ON, RATES = Path("runs/cache"), 2, 75, 100, (1., .3, .1)     # half of LoRA's 150 steps; rates as a share of LoRA's
+CACHE, K, STEPS, TUNED_ON, RATES = Path("runs/cache"), 2, 75, 100, (3., 1., .3, .1) # half of LoRA's 150 steps; rates as a share of LoRA's
 
 
 def dead_share(task, model, rows):

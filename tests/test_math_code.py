@@ -10,7 +10,8 @@ from stan_nb.cli import main, scored
 from stan_nb.math_code import MathCodeTask, answer_loss, export_harness, pack, right_padded, stream
 from stan_nb.math_code_data import as_row, calculate, cut, find_rows, flexible, judged, pass_at_k, same_number, same_value, strict
 from stan_nb.methods import METHODS, lora_budget, method_from_settings
-from stan_nb.runs import Run
+from stan_nb.protocol import Comparison
+from stan_nb.runs import Run, load_results
 from stan_nb.sandbox import run_code, sandbox_problem
 from stan_nb.settings import settings
 from stan_nb.task import Task, predict_rows, wilson
@@ -147,6 +148,19 @@ def test_programs_are_not_run_unasked(tmp_path, tiny):
     data = folder(tmp_path/"mbpp", train=[problem] * 20, test=[problem])
     with pytest.raises(PermissionError, match="not asked for"): train_run(settings("math_code", backbone=str(tiny), data=str(data), **QUICK), tmp_path/"run", progress=False)
     assert not (tmp_path/"run").exists()
+
+
+# the stored comparisons
+
+@pytest.mark.parametrize("name", ["words", "expressions"])
+def test_the_stored_comparisons_are_fair(name):
+    found = Comparison(load_results(f"math_code_{name}"))
+    searched, tested = [{row["seed"] for row in found["rows"] if (row["stage"] == "test") == look} for look in (False, True)]
+    assert not searched & tested and len(tested) >= 3
+    points = {label: {tuple(row[key] for key in found["keys"]) for row in found["rows"] if row["variant"] == label and row["stage"] == "grid"} for label in found["tuned"]}
+    assert len(set(map(frozenset, points.values()))) == 1 and {"lr", "scaling"} <= set(found["keys"])
+    assert len({row["adapter"] for row in found["rows"]}) == 1 and len({row["corpus_hash"] for row in found["rows"]}) == 1
+    assert {own["task"] for own in found["settings"].values()} == {name} and f"math_code_{name}.json" in found["command"]
 
 
 # batches, generation
