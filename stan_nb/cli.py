@@ -248,19 +248,19 @@ def cmd_eval(
     rows = data[split]
     predictions = predict_rows(task, model, rows)
     scores, records = task.metrics(predictions, task.references(rows)), task.records(rows, predictions)
-    print(Table(scored(task, split, scores | (task.side_effects(model) if split == "test" else {}), records)))
+    print(Table(scored(task, split, scores | (task.side_effects(model) if split == "test" else {}), records, len(rows))))
     path = Path(out or Path(run)/"outputs"/f"{'-'.join([*[task.name] * bool(overrides), split])}.jsonl")
     print("\neach example:", atomic_write(path, "".join(json.dumps(plain(record), ensure_ascii=False) + "\n" for record in records)))
 
 DATA = ("task", "data", "train_size", "test_size", "max_length")
 cmd_eval.fixed = tuple(row["setting"] for row in describe() if row["setting"] not in DATA)
 
-def scored(task, split, scores, records):
-    "The rows of eval's table; the main metric with Wilson's interval where it is a share of right answers."
+def scored(task, split, scores, records, questions):
+    "The rows of eval's table; the main metric with Wilson's interval where it is a share of right answers. Ten answers to one question count as one question."
     from stan_nb.task import wilson
     verdicts = [record["correct"] for record in records if "correct" in record]
     share = sum(verdicts) / len(verdicts) if verdicts else None
-    def interval(name, value): return "[{:.4f}, {:.4f}]".format(*wilson(sum(verdicts), len(verdicts))) if name == task.metric and share is not None and abs(share - value) < 1e-9 else ""
+    def interval(name, value): return "[{:.4f}, {:.4f}]".format(*wilson(share * questions, questions)) if name == task.metric and share is not None and abs(share - value) < 1e-9 else ""
     return [{"split": split, "metric": name, "value": round(value, 4), "95% interval": interval(name, value)} for name, value in scores.items()]
 
 # %% ../nbs/70_cli.ipynb #1cf26dfd
