@@ -9,7 +9,7 @@ __all__ = ['StanAdapter', 'in_out_features', 'gives_away', 'StanLinear', 'named_
            'adapter_state_dict', 'load_adapter_state_dict']
 
 # %% ../nbs/11_layer.ipynb #7ef1b62d
-import difflib, math, operator, re
+import difflib, inspect, math, operator, re
 import torch
 from torch import nn
 from fastcore.basics import patch
@@ -17,16 +17,22 @@ from .topk import check_k, check_select, sparse_adapt, topk_latents
 from .topk import decode as decode_latents, explain as explain_adapt
 
 # %% ../nbs/11_layer.ipynb #7ff7cc0b
+def _check_number(name, value, fits, allowed):
+    "Raise TypeError or ValueError, naming argument, value and range, unless value is a number and fits."
+    if isinstance(value, bool) or not hasattr(value, "__float__"): raise TypeError(f"{name} must be {allowed}, got {value!r}")
+    if not fits(value): raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
 def _check_options(num_latents, k, alpha, select, dropout):
     "Raise ValueError or TypeError, naming argument, value and range, for options that no adapter can have."
     check_k(k, num_latents)
     check_select(select)
-    if not (math.isfinite(alpha) and alpha > 0): raise ValueError(f"alpha must be a finite number > 0, got {alpha}")
-    if not 0 <= dropout < 1: raise ValueError(f"dropout must be in 0 <= dropout < 1, got {dropout}")
+    _check_number("alpha", alpha, lambda a: math.isfinite(a) and a > 0, "a finite number > 0")
+    _check_number("dropout", dropout, lambda p: 0 <= p < 1, "a number, 0 <= dropout < 1")
+
 
 # %% ../nbs/11_layer.ipynb #60ef2391
 class StanAdapter(nn.Module):
-    "The trainable part of STAN: `out + (alpha / k) * D·TopK_k(E·x + b)`. Raises ValueError for options out of range."
+    "The trainable part of STAN: `out + (alpha / k) * D·TopK_k(E·x + b)`. Raises ValueError for options out of range, TypeError for those that are no number."
     def __init__(self,
         in_features:int,         # d_in, the last dimension of x
         out_features:int,        # d_out, the last dimension of the result
@@ -150,14 +156,14 @@ def gives_away(
 
 # %% ../nbs/11_layer.ipynb #d391c794
 class StanLinear(nn.Module):
-    "A frozen linear layer with a STAN adapter beside it. Raises TypeError for other layers, ValueError for options out of range."
+    "A frozen linear layer with a STAN adapter beside it. Raises TypeError for other layers and for options of another type, ValueError for options out of range."
     def __init__(self,
         base:nn.Module,          # nn.Linear or transformers' Conv1D; it is frozen and kept, not copied
         num_latents:int=64,      # latents to choose from, >= 1
         k:int=8,                 # latents kept per token, 1 <= k <= num_latents
         alpha:float=16.0,        # the update is scaled by alpha / k; finite, > 0
-        select:str="abs",        # "abs", "value" or "relu"
-        dropout:float=0.0,       # on the adapter's input, 0 <= dropout < 1
+        select:str="abs",        # "abs", "value" or "relu": how latents are ranked, see `topk_latents`
+        dropout:float=0.0,       # probability of zeroing an input of the adapter in training, 0 <= dropout < 1
         encoder_bias:bool=False, # add a trainable bias before the selection
     ):
         super().__init__()
@@ -192,6 +198,8 @@ def named_adapters(
         if isinstance(module, StanAdapter): yield name.removesuffix(".adapter"),module
 
 # %% ../nbs/11_layer.ipynb #45992e2d
+_TARGETS = 'a name or the end of one, a regular expression, a list of these, or "all-linear"'
+
 def _linear_layers(modules):
     "Those of {name: module} that can be wrapped; not inside nn.MultiheadAttention, which reads its weights without calling the layer."
     closed = tuple(f"{n}." if n else "" for n,m in modules.items() if isinstance(m, nn.MultiheadAttention))
@@ -212,18 +220,20 @@ def _no_match(target, hits, modules, linear):
     return f"targets: {target!r} {why}; near names: {', '.join(near) or 'none, there is no linear layer'}"
 
 def _find_targets(model, targets):
-    "{name: linear layer} that targets ask for. Raises ValueError, with near names, if one of them finds nothing."
+    "{name: linear layer} that targets ask for. Raises TypeError for what is no name, ValueError, with near names, if one of them finds nothing."
+    wanted = [targets] if isinstance(targets, str) else list(targets) if hasattr(targets, "__iter__") else [None]
+    if not all(isinstance(target, str) for target in wanted): raise TypeError(f"targets must be {_TARGETS}, got {targets!r}")
     modules = dict(model.named_modules(remove_duplicate=False))
     linear = _linear_layers(modules)
     if targets == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        targets = [n for n,m in linear.items() if m is not head]
+        wanted = [n for n,m in linear.items() if m is not head]
     found = {}
-    for target in [targets] if isinstance(targets, str) else list(targets):
+    for target in wanted:
         hits = _matching(modules, target)
         if not any(n in linear for n in hits): raise ValueError(_no_match(target, hits, modules, linear))
         found |= {n:linear[n] for n in hits if n in linear}
-    if not found: raise ValueError(f"targets must name at least one linear layer inside the model, got {targets!r}")
+    if not found: raise ValueError(f"targets must name at least one linear layer inside the model, got {targets!r}; the model has {len(linear)} that could be wrapped")
     return found
 
 # %% ../nbs/11_layer.ipynb #7cb03792
@@ -236,14 +246,32 @@ def _call_every_layer(model):
     for module,flag,_ in former: setattr(module, flag, False)
     return former
 
+# %% ../nbs/11_layer.ipynb #dd8e5ebb
+_OPTIONS = tuple(inspect.signature(StanLinear).parameters)[1:]
+_LORA_NAMES = dict(r="num_latents", rank="num_latents", lora_alpha="alpha", lora_dropout="dropout", stan_dropout="dropout")
+
+def _check_call(model, options):
+    "Raise TypeError or ValueError for a model that cannot be adapted, and for options that `StanLinear` does not have."
+    if not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module, got {model!r}")
+    if in_out_features(model):
+        raise ValueError(f"model is a single {type(model).__name__}, and adapt replaces layers inside a model: write model = StanLinear(model, num_latents=..., k=...)")
+    if any(True for _ in named_adapters(model)): raise ValueError("model is adapted already; call unadapt(model) first")
+    for name in options:
+        if name in _OPTIONS: continue
+        near = [_LORA_NAMES[name]] if name in _LORA_NAMES else difflib.get_close_matches(name, _OPTIONS, n=1)
+        raise TypeError(f"adapt has no option {name!r}: allowed is {', '.join(_OPTIONS)}.{f' Did you mean {near[0]}?' if near else ''}")
+
 # %% ../nbs/11_layer.ipynb #f9bc9a9e
 def adapt(
-    model:nn.Module,       # changed in place: every parameter is frozen, the targets are wrapped
+    model:nn.Module,       # changed in place: every parameter is frozen, a new head's too, and the targets are wrapped
     targets:str|list[str], # layer names or their ends ("query", "0.query"), a regular expression for whole names, or "all-linear"
-    **options,             # num_latents, k, alpha, select, dropout, encoder_bias: see `StanLinear`
+    **options,             # num_latents=64, k=8, alpha=16., select="abs", dropout=0., encoder_bias=False: see `StanLinear`
 )->nn.Module: # the model itself
-    "Give a model STAN adapters. Raises ValueError or TypeError before anything is changed; `unadapt` undoes it."
-    if any(True for _ in named_adapters(model)): raise ValueError("model is adapted already; call unadapt(model) first")
+    """Give a model STAN adapters; `unadapt` undoes it. Only the adapters train: call `requires_grad_(True)` on whatever else shall.
+
+    Before anything is changed, raises TypeError (targets that are no names, an option that `StanLinear` lacks or of another type) or
+    ValueError (targets that match no linear layer, options out of range, a model that is adapted already or is itself one linear layer)."""
+    _check_call(model, options)
     found = _find_targets(model, targets)
     trainable = [n for n,p in model.named_parameters() if p.requires_grad]
     wrapped = {id(layer): StanLinear(layer, **options) for layer in found.values()} # a layer used twice gets one adapter
@@ -251,6 +279,7 @@ def adapt(
     for name,layer in found.items(): model.set_submodule(name, wrapped[id(layer)])
     model._stan_before = trainable,_call_every_layer(model)
     return model
+
 
 # %% ../nbs/11_layer.ipynb #952d7b86
 def unadapt(

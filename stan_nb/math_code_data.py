@@ -229,11 +229,13 @@ def as_row(
 
 # %% ../nbs/28_math_code_data.ipynb #3f90100d
 def read_folder(
-    folder:Path, # with .jsonl files
-)->tuple:        # {split: rows}, and the form's name
+    folder:Path,      # with .jsonl files
+    scored:bool=True, # False: the rows to score come from elsewhere
+)->tuple:             # {split: rows}, and the form's name
     "A local set. Raises FileNotFoundError for a missing file, ValueError for a bad row."
     there = {split: next((folder/f"{name}.jsonl" for name in names if (folder/f"{name}.jsonl").is_file()), None)
              for split, names in dict(train=["train"], valid=["valid", "validation"], test=["test", "dev"]).items()}
+    if not scored: there["test"] = there["test"] or there["train"]
     if not there["test"]: raise FileNotFoundError(f"{folder} has none of test.jsonl and dev.jsonl: there is nothing to score")
     read = {}
     for split, path in there.items():
@@ -275,7 +277,7 @@ def find_rows(
         return make(), judge, "made by stan_nb.math_code_data"
     if not data and task not in HUB: raise ValueError(f"task = {task!r} is not known: allowed is one of {', '.join([*EMBEDDED, *HUB])}, or give data.{near(task, [*EMBEDDED, *HUB])}")
     folder = Path(data) if data and Path(data).is_dir() else None if data else local_data(task)
-    splits, form = read_folder(folder) if folder else read_hub(data or HUB[task])
+    splits, form = read_folder(folder, bool(data) or task != "metamath") if folder else read_hub(data or HUB[task])
     if not data and task == "metamath": splits |= dict(test=find_rows("gsm8k")[0]["test"])
     return splits, FORMS[form].judge, str(folder or data or HUB[task])
 

@@ -6,13 +6,16 @@ Docs: https://stan-nb.github.io/stan_nb/peft.html.md"""
 
 # %% auto #0
 __all__ = ['STAN', 'add_peft_type', 'StanConfig', 'layer_options', 'StanLayer', 'Linear', 'StanModel', 'register_tuner',
-           'fingerprint', 'same_base', 'weights_file', 'check_adapter', 'load_adapter', 'from_lora', 'set_k']
+           'fingerprint', 'same_base', 'as_folder', 'weights_file', 'check_adapter', 'load_adapter', 'from_lora',
+           'set_k']
 
 # %% ../nbs/13_peft.ipynb #f0184c27
-import difflib, json, math, os, re, tempfile, warnings
+import difflib, inspect, json, math, os, re, tempfile, warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
+from importlib.metadata import metadata
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -81,10 +84,26 @@ def _check_options(config):
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
+# %% ../nbs/13_peft.ipynb #61afe32d
+_LORA_NAMES = dict(r="num_latents (and k)", rank="num_latents (and k)", lora_alpha="alpha", lora_dropout="stan_dropout", dropout="stan_dropout",
+                   rank_pattern="latents_pattern (and k_pattern)", init_lora_weights="init_weights", targets="target_modules", use_rslora="alpha")
+
+def _names_checked(init):
+    "A dataclass's `__init__` that answers a name which is no field with the field that is meant; in PEFT's words, so that PEFT may pass over what a newer file has."
+    known = tuple(inspect.signature(init).parameters)[1:]
+    @wraps(init)
+    def checked(self, *args, **options):
+        for name in options:
+            if name in known: continue
+            near = [_LORA_NAMES[name]] if name in _LORA_NAMES else difflib.get_close_matches(name, known, n=1)
+            raise TypeError(f"StanConfig got an unexpected keyword argument {name!r}.{f' Did you mean {near[0]}?' if near else ''} Allowed are {', '.join(known)}")
+        init(self, *args, **options)
+    return checked
+
 # %% ../nbs/13_peft.ipynb #febacca6
 @dataclass
 class StanConfig(PeftConfig):
-    "What a STAN adapter is and where it goes. Raises ValueError or TypeError for a value out of range."
+    "What a STAN adapter is and where it goes. Raises ValueError or TypeError for a value out of range, TypeError for a field there is none of."
     num_latents:int = 64      # latents of each layer, >= 1
     k:int = 8                 # latents kept per token, 1 <= k <= num_latents
     alpha:float = 16.0        # the update is scaled by alpha / k; finite, > 0
@@ -115,6 +134,9 @@ class StanConfig(PeftConfig):
         "The fields, sets as sorted lists: the same config is the same file."
         return {n: sorted(v) if isinstance(v, set) else v for n,v in super().to_dict().items()}
 
+# %% ../nbs/13_peft.ipynb #b783c8fe
+StanConfig.__init__ = _names_checked(StanConfig.__init__)
+
 # %% ../nbs/13_peft.ipynb #47d62dda
 def layer_options(
     config:StanConfig, # any STAN config
@@ -127,6 +149,50 @@ def layer_options(
     if options["k"] > options["num_latents"]:
         raise ValueError(f"{name}: k must be in 1..{options['num_latents']} (num_latents of this layer), got {options['k']}; set k_pattern")
     return options
+
+# %% ../nbs/13_peft.ipynb #09082453
+_CARD = "<!-- stan_nb: this part is written anew whenever the adapter is saved -->", "<!-- stan_nb: end -->"
+
+def _repository():
+    "The address that the installed package names."
+    return next((text.partition(", ")[2] for text in metadata("stan_nb").get_all("Project-URL", ()) if text.startswith("Repository")), "")
+
+def _card(config):
+    "The part of README.md that we write."
+    base = config.base_model_name_or_path or "the model it was trained on"
+    return f"""{_CARD[0]}
+# A STAN adapter for {base}
+
+Of {config.num_latents} latents in each adapted layer, k = {config.k} are used for a token. This is no LoRA: PEFT reads it only where the package `stan_nb` is installed and imported.
+
+    pip install "stan_nb @ git+{_repository()}"
+
+```python
+from stan_nb.peft import load_adapter       # makes PEFT know STAN
+model = load_adapter(base, "this/folder")   # base: {base}, loaded as usual
+```
+
+`load_adapter` checks names, shapes, numbers and a fingerprint of the base weights first. After `import stan_nb.peft`, `PeftModel.from_pretrained` works as well.
+{_CARD[1]}
+"""
+
+def _write_card(config, folder):
+    "Put our part on top of the folder's README.md, below its front matter; write one where there is none."
+    file, (first, last) = Path(folder, "README.md"), _CARD
+    text = file.read_text(encoding="utf-8") if file.exists() else "---\nlibrary_name: peft\ntags:\n- stan_nb\n---\n"
+    text = re.sub(f"{re.escape(first)}.*?{re.escape(last)}\n*", "", text, flags=re.S)
+    head = re.match(r"---\n.*?\n---\n", text, re.S)
+    place = head.end() if head else 0
+    file.write_text(text[:place] + "\n" + _card(config) + "\n" + text[place:].lstrip("\n"), encoding="utf-8")
+
+@patch
+def save_pretrained(self:StanConfig,
+    save_directory:str|Path, # the adapter folder
+    **kwargs,                # for PEFT
+):
+    "PEFT's own, and a `README.md` that says what the adapter needs and how it is loaded."
+    PeftConfig.save_pretrained(self, str(save_directory), **kwargs)
+    _write_card(self, save_directory)
 
 # %% ../nbs/13_peft.ipynb #3acaa941
 CANNOT_MERGE = ("STAN cannot be merged into the base weights: which latents it uses depends on the input, so no single weight matrix does "
@@ -492,6 +558,15 @@ def _check_saved_modules(config, model, others, where):
                                  "of another base model")
 
 # %% ../nbs/13_peft.ipynb #86bc7537
+def as_folder(
+    name:str,  # of the argument, for the message
+    value,     # what was given
+)->Path:       # the folder, which need not exist
+    "A path from what should be one. Raises TypeError for anything else, a model for instance."
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be an adapter folder (a path), got {type(value).__name__}; keep a model in one first: model.save_pretrained(folder)")
+    return Path(value)
+
 def weights_file(
     folder:str|Path, # an adapter folder
 )->Path|None: # adapter_model.safetensors, or adapter_model.bin, or None
@@ -539,8 +614,8 @@ def check_adapter(
     model:nn.Module|None=None, # the base model, or a PeftModel on it; None: look at the folder alone
     check_base:bool=True,      # also compare the frozen weights with those the adapter was trained on
 )->StanConfig: # the folder's config
-    "Read an adapter folder and change nothing. Raises FileNotFoundError, or ValueError that says what is wrong with it."
-    folder = Path(path)
+    "Read an adapter folder and change nothing. Raises FileNotFoundError, TypeError for what is no path, or ValueError that says what is wrong with it."
+    folder = as_folder("path", path)
     if not (folder / "adapter_config.json").is_file(): raise FileNotFoundError(f"{folder} holds no adapter_config.json")
     try: kind = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
     except ValueError as error: raise ValueError(f"{folder / 'adapter_config.json'} is truncated or damaged: {error}") from None
@@ -567,6 +642,7 @@ def load_adapter(
     **kwargs,                    # passed on to PEFT
 )->PeftModel: # with the adapter in it
     "Load a saved STAN adapter. Raises FileNotFoundError or ValueError before anything is changed, see `check_adapter`."
+    if not isinstance(model, nn.Module): raise TypeError(f"model must be the base model (an nn.Module), got {model!r}; load_adapter(model, path)")
     check_adapter(path, model, check_base)
     if not isinstance(model, PeftModel):
         return PeftModel.from_pretrained(model, str(path), adapter_name, is_trainable=is_trainable, **kwargs)
@@ -634,7 +710,9 @@ def from_lora(
     path:str|Path,             # a folder PEFT saved a LoRA in
     folder:str|Path|None=None, # where to write the STAN adapter, a new or empty folder; None: nowhere
 )->tuple[StanConfig, dict[str, torch.Tensor]]: # the STAN adapter's config and tensors
-    "Any saved plain LoRA as the STAN adapter that computes the same, k = num_latents = r. Raises FileNotFoundError, ValueError."
+    "Any saved plain LoRA as the STAN adapter that computes the same, k = num_latents = r. Raises FileNotFoundError, ValueError, TypeError for a model instead of its folder."
+    path = as_folder("path", path)
+    if folder is not None: folder = as_folder("folder", folder)
     if not Path(path, "adapter_config.json").is_file() or not weights_file(path):
         raise FileNotFoundError(f"{path} holds no adapter_config.json with adapter_model.safetensors")
     lora = PeftConfig.from_pretrained(str(path))
@@ -663,13 +741,13 @@ def set_k(
     adapter_name:str="default", # which adapter
     keep_scaling:bool=True,     # True: alpha follows k, so each latent counts as before; False: alpha stays
 )->nn.Module: # the model itself
-    "Let an adapter use more or fewer latents. Raises ValueError before anything is changed."
+    "Let an adapter use more or fewer latents. Raises ValueError (out of range) or TypeError (no whole number) before anything is changed."
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = {n: m for n,m in base.named_modules() if isinstance(m, StanLayer) and adapter_name in m.stan_sae}
     if not layers: raise ValueError(f"adapter_name: the model has no STAN adapter {adapter_name!r}")
     for name,layer in layers.items():
         try: check_k(k, layer.stan_sae[adapter_name].num_latents)
-        except ValueError as error: raise ValueError(f"{name}: {error}") from None
+        except (TypeError, ValueError) as error: raise type(error)(f"{name}: {error}") from None
     for layer in layers.values():
         adapter = layer.stan_sae[adapter_name]
         factor = k / adapter.k if keep_scaling else 1

@@ -218,6 +218,20 @@ def _may_overwrite(path):
     foreign = sorted(p.name for p in path.iterdir() if p.name not in allowed and not _LEFTOVER.fullmatch(p.name))
     if foreign: raise FileExistsError(f"{path} holds {', '.join(foreign)}, which a run does not make: move that away before --overwrite")
 
+def check_place(
+    path:str|Path,        # the folder a run would have
+    resume:bool=False,    # it may hold a run to go on with
+    overwrite:bool=False, # it may hold a run to replace
+)->bool:                  # True if there is a run, to go on with or to replace
+    "Look whether a run may be made there, and change nothing. Raises FileExistsError, or ValueError for both flags."
+    path = Path(path)
+    if resume and overwrite: raise ValueError("resume and overwrite exclude each other: choose one of --resume and --overwrite")
+    if path.exists() and not path.is_dir(): raise FileExistsError(f"{path} is a file; a run needs a folder of its own")
+    if not path.is_dir() or not any(path.iterdir()): return False
+    if not (resume or overwrite): raise FileExistsError(f"{path} exists already: {_CHOICE}")
+    _may_overwrite(path) if overwrite else _read_info(path)
+    return True
+
 def _resume(run, settings):
     "Raise ValueError unless `settings` are the run's own; else clear what a killed process left and note that the run goes on."
     former, wanted = run.info["settings"], plain(settings)
@@ -241,12 +255,7 @@ def create(
 )->Run:                   # `run.info["resumed"]` tells whether it goes on
     "Make, go on with, or replace a run. Raises FileExistsError, ValueError (both flags, other settings) before anything is changed."
     path, settings = Path(path), plain(settings)
-    if resume and overwrite: raise ValueError("resume and overwrite exclude each other: choose one of --resume and --overwrite")
-    if path.exists() and not path.is_dir(): raise FileExistsError(f"{path} is a file; a run needs a folder of its own")
-    if path.is_dir() and any(path.iterdir()):
-        if resume: return _resume(Run.open(path), settings)
-        if not overwrite: raise FileExistsError(f"{path} exists already: {_CHOICE}")
-        _may_overwrite(path)
+    if check_place(path, resume, overwrite) and resume: return _resume(Run.open(path), settings)
     info = dict(format=_FORMAT, method=settings.get("method"), seed=settings.get("seed"), settings=settings, command=command_line(),
                 started=_now(), commit=commit(), device=device_name(settings.get("device")), versions=versions()) | plain(facts)
     with atomic_folder(path) as folder:
@@ -497,8 +506,8 @@ h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .9rem; border-top: 
 p { margin: .6rem 0; max-width: 44rem } .lead { color: var(--soft); font-size: 1.06rem; margin: 0 }
 .scroll { overflow-x: auto; margin: 1rem 0 } table.rows { border-collapse: collapse; font-variant-numeric: tabular-nums }
 .rows caption { text-align: left; color: var(--soft); font-size: .92rem; padding-bottom: .4rem }
-.rows th, .rows td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
-.rows th { color: var(--soft); font-weight: 600; border-bottom-width: 2px } .rows .n { text-align: right }
+.rows th, .rows td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+.rows th { color: var(--soft); font-weight: 600; border-bottom-width: 2px } .rows .n { text-align: right } .rows th, .rows .n { white-space: nowrap }
 .rows tbody tr:nth-child(even) { background: var(--shade) }
 figure { margin: 1.2rem 0 } figure img { max-width: 100%; height: auto }
 figcaption { color: var(--soft); font-size: .92rem; max-width: 44rem }

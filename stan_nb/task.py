@@ -34,7 +34,12 @@ class Task:
     identity = {}       # what must be the same when a run is opened again, e.g. a hash of the vocabulary; set by `build_model`
     predict_size = 64   # rows that `predict` gets at once
     allow_code_execution = False # whether scores may run code that the model wrote: only a person says so
-    def __init__(self, settings:Settings): self.settings = settings
+    fixed  = {}         # settings of which there is no choice, by name: the only value, besides an empty one
+    def __init__(self, settings:Settings):
+        self.settings = settings
+        for name, only in self.fixed.items():
+            if (value := getattr(settings, name)) in ("", only): continue
+            raise ValueError(f"{name} = {value!r} cannot be had: {settings.modality} has {f'only {only!r}' if only else f'no {name} to choose'}, leave it out")
 
     def load_data(self)->DatasetDict: raise NotImplementedError          # train, valid (cut from train), test; further splits are scored at the end
     def build_model(self)->nn.Module: raise NotImplementedError          # the pretrained model; new weights from settings.seed
@@ -157,7 +162,7 @@ def _pretrained():
 # %% ../nbs/20_task.ipynb #0cbd3a12
 class ToyTask(Task):
     "Clusters regrouped: a pretrained network that sorts 32 clusters into 4 groups learns another grouping."
-    name = "clusters"
+    name, fixed = "clusters", dict(task="clusters", backbone="", data="")
     def load_data(self):
         wanted = self.settings.train_size or 2048, 512, self.settings.test_size or 1024
         splits = {}

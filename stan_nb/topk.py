@@ -16,13 +16,21 @@ import torch.nn.functional as F
 # %% ../nbs/10_topk.ipynb #1456c304
 SELECTS = ("abs", "value", "relu") # how latents are ranked, and which value survives
 
+def _whole(name, value, allowed):
+    "value as a plain int. Raises TypeError that names the argument and what is allowed."
+    try:
+        if not isinstance(value, bool): return operator.index(value)
+    except TypeError: pass
+    raise TypeError(f"{name} must be a whole number {allowed}, got {value!r}")
+
 def check_k(
     k:int,           # latents kept per token, 1 <= k <= num_latents
     num_latents:int, # latents to choose from, >= 1
 )->int: # k as a plain int
     "Check that k of num_latents latents can be kept. Raises ValueError (out of range) or TypeError (no integer)."
-    k,num_latents = operator.index(k),operator.index(num_latents)
+    num_latents = _whole("num_latents", num_latents, ">= 1")
     if num_latents < 1: raise ValueError(f"num_latents must be at least 1, got {num_latents}")
+    k = _whole("k", k, f"in 1..{num_latents} (num_latents)")
     if not 1 <= k <= num_latents: raise ValueError(f"k must be in 1..{num_latents} (num_latents), got {k}")
     return k
 
@@ -32,6 +40,7 @@ def check_select(
     "Check the name of the selection rule. Raises ValueError that lists the allowed names."
     if select not in SELECTS: raise ValueError(f"select must be one of {SELECTS}, got {select!r}")
     return select
+
 
 # %% ../nbs/10_topk.ipynb #3930430a
 def topk_indices(

@@ -133,7 +133,7 @@ def test_reference_pages():
     page = api.page("layer", ("../layer.ipynb", {"adapt": "a-whole-model-in-one-call"}))
     assert ":::{py:function} adapt(model, targets, **options)" in page and "| `targets` | str \\| list[str] |  | layer names or their ends" in page
     assert "[lesson](../layer.ipynb#a-whole-model-in-one-call)" in page and "blob/main/stan_nb/layer.py#L" in page
-    assert "| `**options` |  |  | num_latents, k, alpha, select, dropout, encoder_bias: see `StanLinear` |" in page
+    assert "| `**options` |  |  | num_latents=64, k=8, alpha=16., select=\"abs\", dropout=0., encoder_bias=False: see `StanLinear` |" in page
     assert "{py:property} k" in page and "{py:method} encode(x)" in page and "**returns**" in page
     for name in api.MODULES: assert "0x" not in api.page(name, (None, {}))                       # no addresses: the same in every process
 

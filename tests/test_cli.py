@@ -75,6 +75,12 @@ def test_help_is_fast_and_everywhere(capsys):
     (["train", "toy", "--k", "99"], "k"),
     (["train", "toy", "--targets", "upp"], "up"),
     (["train", "toy", "--method", "lroa"], "lora"),
+    (["train", "toy", "--task", "x"], "task = 'x' is not known: allowed is one of clusters"),
+    (["train", "toy", "--backbone", "y"], "backbone = 'y' cannot be had: toy has no backbone to choose"),
+    (["train", "toy", "--data", "z"], "data = 'z' cannot be had"),
+    (["train", "toy", "--data", "z", "--task", "x"], "task = 'x' cannot be had: toy has only 'clusters'"),
+    (["train", "diffusion", "--task", "sst2"], "task = 'sst2' is not known: allowed is one of digits"),
+    (["train", "text", "--task", "gramar"], "Did you mean 'grammar'"),
     (["train", "toy", "--resume", "--overwrite"], "--resume and --overwrite"),
     (["train", "toy", "--device", "mps"], "not available here"),
     (["train", "toy", "word"], "does not know 'word'"),
@@ -93,6 +99,44 @@ def test_help_is_fast_and_everywhere(capsys):
 def test_bad_input_is_one_line_and_nothing_is_written(capsys, tmp_path, words, part):
     assert part in fails(capsys, *words)
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("words", [["train", "toy", "--method", "lroa"], ["train", "toy", "--task", "x"], ["train", "toy", "--resume", "--overwrite"],
+                                   ["train", "toy", "--out", "taken"], ["train", "toy", "--out", "taken", "--overwrite"], ["eval", "none"], ["predict", "none", "a"],
+                                   ["report", "none"], ["demo", "--methods", "lora,sten"], ["compare", "toy", "--methods", "sten"], ["compare", "toy", "--seeds", "a"],
+                                   ["reproduce", "glue", "--seeds", "a"]], ids=" ".join)
+def test_what_can_be_known_at_once_is_said_at_once(tmp_path, words):
+    (tmp_path/"taken").mkdir()
+    (tmp_path/"taken"/"thesis.txt").write_text("years of work")
+    heavy = "torch transformers peft datasets accelerate matplotlib sklearn".split()
+    check = f"import sys; from stan_nb.cli import main; code = main({words}); print(code, [m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "2 []" and done.stderr.startswith("stan-nb: "), done
+
+
+def test_the_help_names_methods_tasks_and_defaults(capsys):
+    from stan_nb.methods import METHODS
+    def said(*words):
+        assert main([*words, "--help"]) == 0
+        return " ".join(capsys.readouterr().out.split())
+    plain, text, eval_ = said("train"), said("train", "text"), said("eval")
+    assert f"allowed: {', '.join(METHODS)}; default: stan" in plain and "text: docstrings, grammar," in plain and "default: 0.002" in plain
+    assert "[text.embedded]" in text and "backbone: asset:minilm" not in text and "default: asset:minilm" in text and "default: 0.001" in text and "gsm8k" not in text
+    assert "default: microsoft/deberta-v3-base" in said("train", "text", "--scale", "paper") and "default: asset:minilm" in said("demo")
+    assert "seed" not in eval_ and "default: 0.0" not in eval_                       # the run's own values hold there
+
+
+def test_resume_takes_the_settings_of_the_run(capsys, tmp_path):
+    assert main(["train", *QUICK, "--lr", "3e-3", "--method", "lora", "--rank", "2", "--out", "it"]) == 0
+    former, _ = Run.open("it").settings, capsys.readouterr()
+    assert main(["train", "toy", "--out", "it", "--resume"]) == 0 and "kept in it" in capsys.readouterr().out
+    assert main(["train", "toy", "--out", "it", "--resume", "--lr", "0.003", "--scale", "embedded"]) == 0 and Run.open("it").settings == former
+    capsys.readouterr()
+    for words, part in [(["toy", "--lr", "1"], "lr was 0.003, is now 1.0; leave them out"), (["text"], "modality was 'toy', is now 'text'"), (["toy", "--scale", "paper"], "scale was 'embedded', is now 'paper'"),
+                        (["toy", "--method", "stan"], "method was 'lora', is now 'stan'")]:
+        assert part in fails(capsys, "train", *words, "--out", "it", "--resume")
+    assert main(["train", *QUICK, "--method", "lora", "--k", "3"]) == 0                      # and without a name: the folder that the command would make
+    assert main(["train", "toy", "--method", "lora", "--resume"]) == 0 and Run.open("runs/toy-clusters-lora-s0").settings.k == 3
 
 
 def test_debug_shows_the_traceback(monkeypatch):

@@ -112,6 +112,26 @@ def test_bad_options_change_nothing(bad):
     with pytest.raises((ValueError, TypeError)): adapt(model, "all-linear", **bad)
     assert not list(named_adapters(model)) and all(p.requires_grad for p in model.parameters())
 
+@pytest.mark.parametrize("bad, words", [
+    (dict(k=2.5), r"k must be a whole number in 1\.\.64 \(num_latents\), got 2\.5"), (dict(k="8"), r"k must be .* got '8'"), (dict(k=True), "k must be .* got True"),
+    (dict(num_latents="64"), "num_latents must be a whole number >= 1, got '64'"), (dict(alpha="x"), "alpha must be a finite number > 0, got 'x'"),
+    (dict(alpha=True), "alpha must be"), (dict(dropout="x"), "dropout must be a number, 0 <= dropout < 1, got 'x'"),
+    (dict(kk=8), "adapt has no option 'kk': allowed is num_latents, k, alpha, select, dropout, encoder_bias"), (dict(r=8), "Did you mean num_latents"),
+    (dict(lora_alpha=8), "Did you mean alpha")])
+def test_options_of_a_wrong_type_or_name_are_named(bad, words):
+    model = mlp()
+    with pytest.raises(TypeError, match=words): adapt(model, "all-linear", **bad)
+    if set(bad) <= {"k", "num_latents", "alpha", "dropout"}:
+        with pytest.raises(TypeError, match=words): StanLinear(nn.Linear(4, 4), **bad)
+    assert not list(named_adapters(model)) and all(p.requires_grad for p in model.parameters())
+
+@pytest.mark.parametrize("model, targets, error, words", [
+    (mlp(), [0], TypeError, r"targets must be a name .* got \[0\]"), (mlp(), None, TypeError, "targets must be a name .* got None"), (mlp(), 3, TypeError, "got 3"),
+    (nn.Linear(4, 4), "all-linear", ValueError, "model is a single Linear, .*StanLinear"), (nn.Sequential(nn.ReLU()), "all-linear", ValueError, "got 'all-linear'; the model has 0"),
+    ("bert", "query", TypeError, "model must be an nn.Module, got 'bert'")])
+def test_what_cannot_be_adapted_is_named(model, targets, error, words):
+    with pytest.raises(error, match=words): adapt(model, targets)
+
 @pytest.mark.parametrize("targets, words", [("^1$", "matches only ReLU"), ("2.2", "2.0"), (["0", "ghost"], "'ghost' matches no layer"), ([], "at least one"), ("*", "nor a regular")])
 def test_bad_targets_change_nothing(targets, words):
     model = mlp()

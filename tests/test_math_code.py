@@ -1,18 +1,20 @@
 """Math and code beyond their lessons: the shipped model, scorers that trip naive ones, hostile programs, hub-scale settings on a tiny model, bad input."""
-import importlib.util, json, os, random, shutil, socket, threading
+import importlib.util, json, os, random, shlex, shutil, socket, subprocess, sys, threading
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from stan_nb.assets import local_data, shipped
-from stan_nb.cli import main
+from stan_nb.cli import main, scored
 from stan_nb.math_code import MathCodeTask, answer_loss, export_harness, pack, right_padded, stream
 from stan_nb.math_code_data import as_row, calculate, cut, find_rows, flexible, judged, pass_at_k, same_number, same_value, strict
 from stan_nb.methods import METHODS, lora_budget, method_from_settings
-from stan_nb.runs import Run
+from stan_nb.protocol import Comparison
+from stan_nb.runs import Run, load_results
 from stan_nb.sandbox import run_code, sandbox_problem
 from stan_nb.settings import settings
-from stan_nb.task import Task, predict_rows
+from stan_nb.task import Task, predict_rows, wilson
 from stan_nb.train import train_run
 
 ROOT = Path(__file__).parent.parent
@@ -136,11 +138,29 @@ def test_humaneval_and_mbpp_are_scored(tmp_path, tiny):
     mbpp = as_row(dict(text="Add.", code="def add(a, b):\n    return a + b", test_list=["assert add(1, 2) == 3"]), "here")
     assert judged(mbpp["answer"], mbpp["check"], "program", run=True) and not judged("def add(a, b): return 0", mbpp["check"], "program", run=True)
 
+def test_ten_answers_to_a_question_are_one_question():
+    records = [dict(correct=right) for right in ([True] * 10 + [False] * 20)]
+    interval = lambda questions: scored(SimpleNamespace(metric="pass@1"), "test", {"pass@1": 1 / 3, "pass@10": 1 / 3}, records, questions)[0]["95% interval"]
+    assert interval(3) == "[{:.4f}, {:.4f}]".format(*wilson(1, 3)) and interval(30) == "[{:.4f}, {:.4f}]".format(*wilson(10, 30))
+
 def test_programs_are_not_run_unasked(tmp_path, tiny):
     problem = dict(text="Add.", code="def add(a, b):\n    return a + b", test_list=["assert add(1, 2) == 3"])
     data = folder(tmp_path/"mbpp", train=[problem] * 20, test=[problem])
     with pytest.raises(PermissionError, match="not asked for"): train_run(settings("math_code", backbone=str(tiny), data=str(data), **QUICK), tmp_path/"run", progress=False)
     assert not (tmp_path/"run").exists()
+
+
+# the stored comparisons
+
+@pytest.mark.parametrize("name", ["words", "expressions"])
+def test_the_stored_comparisons_are_fair(name):
+    found = Comparison(load_results(f"math_code_{name}"))
+    searched, tested = [{row["seed"] for row in found["rows"] if (row["stage"] == "test") == look} for look in (False, True)]
+    assert not searched & tested and len(tested) >= 3
+    points = {label: {tuple(row[key] for key in found["keys"]) for row in found["rows"] if row["variant"] == label and row["stage"] == "grid"} for label in found["tuned"]}
+    assert len(set(map(frozenset, points.values()))) == 1 and {"lr", "scaling"} <= set(found["keys"])
+    assert len({row["adapter"] for row in found["rows"]}) == 1 and len({row["corpus_hash"] for row in found["rows"]}) == 1
+    assert {own["task"] for own in found["settings"].values()} == {name} and f"math_code_{name}.json" in found["command"]
 
 
 # batches, generation
@@ -187,6 +207,17 @@ def test_the_real_gsm8k_end_to_end(tmp_path, capsys, monkeypatch):
     assert "exact_match" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path/"run"/"outputs"/"test.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and set(lines[0]) == {"prompt", "answer", "extracted", "reference", "correct"} and all(line["reference"].replace(",", "").lstrip("-").isdigit() for line in lines)
+
+def test_metamath_is_scored_on_gsm8k(tmp_path, monkeypatch):
+    "A shelf with MetaMathQA's training rows alone: the questions to score are those of GSM8K."
+    folder(tmp_path/"metamath", train=[dict(query=f"{i} and {i}?", response=f"It is {2 * i}.\nThe answer is: {2 * i}") for i in range(20)])
+    folder(tmp_path/"gsm8k", train=gsm(20), test=gsm(3))
+    monkeypatch.setenv("STAN_DATA", str(tmp_path))
+    splits, judge, _ = find_rows("metamath")
+    assert {name: len(rows) for name, rows in splits.items()} == dict(train=18, valid=2, test=3) and judge == "number"
+    assert splits["train"][0]["answer"].endswith("#### 2") and splits["test"][0]["prompt"].startswith("Question: Tom has")
+    (tmp_path/"metamath"/"train.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="nothing to score"): find_rows("metamath")
 
 def test_train_and_eval_on_the_command_line(tmp_path, capsys):
     run = str(tmp_path/"run")
@@ -272,6 +303,17 @@ def test_export_for_the_harness(tmp_path, tiny):
     assert "import stan_nb.peft" in command and f"peft={tmp_path/'out'/'adapter'}" in command and len(rows) == 6 and made["filter_list"][0]["name"] == "strict-match"
     assert (tmp_path/"out"/"adapter"/"adapter_model.safetensors").read_bytes() == (tmp_path/"run"/"adapter"/"adapter_model.safetensors").read_bytes()
     with pytest.raises(FileExistsError): export_harness(tmp_path/"run", tmp_path/"out")
+
+def test_the_harness_scores_what_we_score(tmp_path):
+    "The exported folder and the printed command, given to lm-evaluation-harness itself."
+    pytest.importorskip("lm_eval")
+    task, model = Task.from_run(shipped("runs/math_code-words-lora"), test_size=60)
+    ours = task.metrics(predict_rows(task, model, task.load_data()["test"], progress=False), task.load_data()["test"]["check"])
+    words = shlex.split(export_harness(shipped("runs/math_code-words-lora"), tmp_path/"out"))
+    done = subprocess.run([sys.executable, *words[1:], "--device", "cpu", "--batch_size", "30", "--limit", "60", "--output_path", str(tmp_path/"scores")], capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE="1"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = json.loads(next((tmp_path/"scores").rglob("results_*.json")).read_text())["results"]["stan_words"]
+    assert ours["exact_match"] > .2 and {"exact_match": theirs["exact_match,strict-match"], "flexible": theirs["exact_match,flexible-extract"]} == pytest.approx(ours)
 
 def test_trl_trains_stan(tmp_path, tiny):
     trl = pytest.importorskip("trl")

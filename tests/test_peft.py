@@ -359,7 +359,8 @@ def test_merge_is_refused_before_anything_happens():
     (dict(k_pattern={"up": 9}), "k_pattern"), (dict(k_pattern=[2]), "k_pattern must be a dict"),
     (dict(latents_pattern={"(": 2}), "regular expression"), (dict(alpha_pattern={"up": float("nan")}), "alpha_pattern"),
     (dict(target_modules="up", layers_to_transform=[0]), "layers_to_transform"), (dict(layers_pattern="layers"), "layers_pattern"),
-    (dict(task_type="POETRY"), "Invalid task type")])
+    (dict(task_type="POETRY"), "Invalid task type"), (dict(r=8), r"'r'\. Did you mean num_latents \(and k\)"), (dict(lora_alpha=8), "Did you mean alpha"),
+    (dict(lora_dropout=.1), "Did you mean stan_dropout"), (dict(num_latent=8), "Did you mean num_latents.* Allowed are")])
 def test_bad_options(bad, message):
     with pytest.raises((ValueError, TypeError), match=message): StanConfig(**dict(num_latents=8, k=2) | bad)
 
@@ -378,6 +379,38 @@ def test_bad_targets(bad, message):
     before = str(adapted)
     with pytest.raises(ValueError, match=message): adapted.add_adapter("two", StanConfig(**dict(num_latents=8, k=2) | bad))
     assert str(adapted) == before and list(adapted.peft_config) == ["default"]
+
+
+def test_a_newer_file_s_fields_are_passed_over(tmp_path):
+    "PEFT drops what an older version does not know, with a warning; it recognises our error by its words."
+    config().save_pretrained(tmp_path)
+    file = tmp_path/"adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"from_the_future": 1}))
+    with pytest.warns(UserWarning, match="from_the_future"): assert StanConfig.from_pretrained(tmp_path).num_latents == config().num_latents
+    assert copy.deepcopy(config()) == config()
+
+
+@pytest.mark.parametrize("own", ["", "---\nlibrary_name: other\n---\n# My notes\n\nKeep me.\n", "# No front matter\n"])
+def test_a_saved_adapter_says_how_it_is_loaded(tmp_path, own):
+    model = get_peft_model(mlp(), config())
+    if own: (tmp_path/"README.md").write_text(own)
+    for _ in range(2): model.save_pretrained(tmp_path)
+    text = (tmp_path/"README.md").read_text()
+    assert text.count("# A STAN adapter") == 1 and "load_adapter" in text and "stan_nb" in text.split("# A STAN adapter")[1]
+    assert text.startswith("---\n") and text.index("\n---\n") < text.index("# A STAN adapter") < (text.index(own.splitlines()[-1]) if own else len(text))
+    model.add_adapter("two", config())
+    model.save_pretrained(tmp_path)
+    assert "load_adapter" in (tmp_path/"two"/"README.md").read_text()
+
+
+def test_models_and_folders_that_change_places(tmp_path):
+    model = get_peft_model(mlp(), config())
+    model.save_pretrained(tmp_path/"a")
+    with pytest.raises(TypeError, match="path must be an adapter folder .* got PeftModel"): from_lora(model)
+    with pytest.raises(TypeError, match="folder must be an adapter folder"): from_lora(tmp_path/"a", 3)
+    with pytest.raises(TypeError, match="model must be the base model"): load_adapter(str(tmp_path/"a"), mlp())
+    with pytest.raises(TypeError, match="path must be an adapter folder"): load_adapter(mlp(), model)
+    with pytest.raises(TypeError, match="k must be a whole number"): set_k(model, "2")
 
 
 def test_one_target_of_several_that_misses_is_mentioned():

@@ -393,4 +393,9 @@ def test_text_about_addresses_is_no_request():
     assert "url(//a)" in page("t", [("h", "write url(//a) in css")])
 
 
+def test_long_text_in_a_table_wraps_and_numbers_do_not():
+    rules = dict(re.findall(r"(?:^|[}\n])\s*([^{}\n]+?) \{([^}]*)\}", page("x", [])))
+    assert "nowrap" not in rules[".rows th, .rows td"] and "nowrap" in rules[".rows th, .rows .n"]
+
+
 def test_the_same_page_has_the_same_bytes(): assert full_page("x") == full_page("x")

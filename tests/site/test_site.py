@@ -111,6 +111,19 @@ def test_a_token_walks(visit):
     assert picture.locator("button").inner_text() == "play" and not page.trouble
 
 
+def test_an_answer_is_read_again_token_by_token(visit):
+    page = visit("math_code.html")
+    picture = page.locator(".live")
+    said, marked = picture.locator("output"), picture.locator("span[style*=outline]")
+    assert re.match(r"token (\d+) of \1 · #", said.inner_text()) and marked.count() == 1            # the last one, as it was when the answer was complete
+    picture.locator("input").focus()
+    page.keyboard.press("Home")
+    first = said.inner_text()
+    page.keyboard.press("ArrowRight")
+    assert first.startswith("token 1 of") and said.inner_text().startswith("token 2 of") and said.inner_text()[12:] != first[12:]
+    assert picture.locator("svg rect").count() == said.inner_text().count("#") == 4 and marked.count() == 1 and not page.trouble
+
+
 def test_without_javascript_there_is_a_picture(visit):
     page = visit("index.html", java_script_enabled=False)
     still = page.locator(".live img")
