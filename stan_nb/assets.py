@@ -131,6 +131,11 @@ def _from_hub(found, folder, missing):
     shutil.rmtree(folder/".hub", ignore_errors=True)
 
 # %% ../nbs/01_assets.ipynb #36081021
+def _gated(error):
+    "Whether the hub keeps a file for those who have accepted a licence. Libraries wrap that error in one of their own."
+    while error and type(error).__name__ != "GatedRepoError": error = error.__cause__ or error.__context__
+    return bool(error)
+
 @contextmanager
 def at_hub(
     key:str,  # the setting that names it, for the message: "data", "backbone" ...
@@ -147,6 +152,7 @@ def at_hub(
     except (OSError, ValueError) as error:
         if problem: raise ConnectionError(f"{key} = {name!r} is not on this machine, and the hub cannot be used: {problem}. "
                                           "Offline there are the embedded tasks, asset:minilm, and your own folders (STAN_DATA)") from None
+        if _gated(error): raise ValueError(f"{key} = {name!r} is gated: accept its licence at https://huggingface.co/{name}, then log in with `hf auth login`") from None
         raise ValueError(f"{key} = {name!r} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
     finally:
         for switch, value in zip(switches, former): switch.HF_HUB_OFFLINE = value

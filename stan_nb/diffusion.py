@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 from .assets import at_hub, cache_dir, corpus_hash, shipped
-from .pictures import DIGITS, STYLES, Prompts, clip_vectors, contact_sheet, cosines, digit_rows, dino_vectors, draw_digits, image_folder, load_judge, pipeline_prompts
+from .pictures import DIGITS, STYLES, Prompts, clip_vectors, contact_sheet, cosines, digit_rows, dino_vectors, draw_digits, find_images, load_judge, pipeline_prompts
 from .task import Task, predict_rows
 
 # %% ../nbs/33_diffusion.ipynb #973ef584
@@ -90,9 +90,10 @@ def sample(
 
 # %% ../nbs/33_diffusion.ipynb #3453788a
 def _folder(self):
-    "Images and rows of a folder: its captions are asked again, if `opt.prompts` names nothing else."
+    "Images and rows of a folder or a data set of the hub: its captions are asked again, if `opt.prompts` names nothing else."
     options = self.options
-    images, about = image_folder(self.settings.data, options["size"], options["least"])
+    kept = [s.strip() for s in options["styles"].split(",") if s.strip()]
+    images, about = find_images(self.settings.data, options["size"], options["least"], styles=kept, most=options["most"])
     def row(style, caption, image, seed):
         return dict(prompt=options["template"].format(caption=caption or "a picture", style=style), style=style, digit=-1, image=image, seed=seed)
     styles, wanted = list(dict.fromkeys(style for style, _ in about)), [p.strip() for p in options["prompts"].split(";") if p.strip()]
@@ -106,21 +107,26 @@ def _prompts(self):
     local = Path(self.backbone)/"prompts"
     if local.is_dir(): return Prompts.load(local)
     rows = [row["prompt"] for found in self.folder[1].values() for row in found]
-    return pipeline_prompts(self.backbone, rows, cache_dir()/"prompts", self.settings.max_length)
+    half = getattr(torch, self.options["dtype"]) if self.device.type == "cuda" else torch.float32
+    return pipeline_prompts(self.backbone, rows, cache_dir()/"prompts", self.settings.max_length, self.device, self.options["t5"], half)
 
 # %% ../nbs/33_diffusion.ipynb #289560f5
 SD3_LINEARS = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
 
 class DiffusionTask(Task):
-    "Styles for a text-to-image transformer of SD3's kind: digits drawn in styles, or a folder of images for each style."
+    "Styles for a text-to-image transformer of SD3's kind: digits drawn in styles, or a folder of images for each style, or a data set of the hub."
     unit = "images"
     ours = property(lambda self: not self.settings.data)                 # digits, drawn as they are needed
     metric = property(lambda self: "aligned" if self.ours else "clip_i")
+    predict_size = property(lambda self: 64 if self.ours else 2)         # guidance doubles them; a full-scale batch has to fit beside the model
+    device = property(lambda self: torch.device("cuda" if not self.ours and self.settings.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")) # of encoders and VAE
     def __init__(self, settings):
         super().__init__(settings)
         if not settings.backbone: raise ValueError("backbone is empty: for diffusion it has to be shipped:NAME, a folder, or a hub id")
         self.options = dict(styles="", unseen=0, steps=28, guidance=7., weighting="logit_normal", precondition=True, drop=0., size=1024, prompts="", clip="", dino="",
-                            template="{caption} in the style of {style}", least=4, checkpointing=False, dtype="float32") | settings.options
+                            template="{caption} in the style of {style}", least=4, most=0, checkpointing=False, dtype="float32", t5=True) | settings.options
+        if self.ours and not settings.backbone.startswith("shipped:") and not Path(settings.backbone).is_dir():
+            raise ValueError(f"data is empty: for {settings.backbone} it has to be a folder with one folder of images for each style, or a data set of the hub")
         if not 0 <= self.options["unseen"] <= 9: raise ValueError(f"opt.unseen = {self.options['unseen']} is out of range: allowed is 0 to 9")
         self.name = "digits" if self.ours else Path(settings.data).name
         if self.ours:
@@ -159,8 +165,8 @@ def load_data(self:DiffusionTask):
 @torch.no_grad()
 def encode(self:DiffusionTask, images): # images (n, channels, size, size) in [-1, 1] -> what the transformer learns from
     if self.vae is None: return images
-    about = self.vae.config
-    parts = [self.vae.encode(part).latent_dist.mode() for part in images.split(4)]
+    about, vae = self.vae.config, self.vae.to(self.device)
+    parts = [vae.encode(part.to(self.device)).latent_dist.mode().cpu() for part in images.split(1)]
     return (torch.cat(parts) - about.shift_factor) * about.scaling_factor
 
 @patch
@@ -168,7 +174,7 @@ def encode(self:DiffusionTask, images): # images (n, channels, size, size) in [-
 def decode(self:DiffusionTask, latents): # the way back, to images in [-1, 1]
     if self.vae is None: return latents.clamp(-1, 1)
     about, vae = self.vae.config, self.vae.to(latents.device)
-    return torch.cat([vae.decode(part).sample for part in (latents / about.scaling_factor + about.shift_factor).split(4)]).clamp(-1, 1)
+    return torch.cat([vae.decode(part).sample for part in (latents / about.scaling_factor + about.shift_factor).float().split(1)]).clamp(-1, 1)
 
 # %% ../nbs/33_diffusion.ipynb #cad8fa4a
 @patch
@@ -248,10 +254,10 @@ def preview(
     test = self.load_data()["test"].to_list()
     rows = [row for style in self.styles for row in [r for r in test if r["style"] == style][:each]]
     each, wanted = len(rows) // len(self.styles), Dataset.from_list(rows)
-    device = next((next(m.parameters()).device for m in runs.values() if isinstance(m, nn.Module)), torch.device("cpu"))
+    device = next((next(m.parameters()).device for m in runs.values() if isinstance(m, nn.Module)), self.device)
     columns = {"base": predict_rows(self, self.build_model().to(device), wanted, progress=False)}
     for title, found in runs.items():
-        model = found if isinstance(found, nn.Module) else type(self).from_run(found)[1]
+        model = found if isinstance(found, nn.Module) else type(self).from_run(found)[1].to(device)
         columns[title] = predict_rows(self, model, wanted, progress=False)
     columns["target"] = torch.stack([self.example(row, number) for number, row in enumerate(rows)])
     return contact_sheet({title: images.unflatten(0, (len(self.styles), each)) for title, images in columns.items()}, self.styles).axes[0]

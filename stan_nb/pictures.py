@@ -6,8 +6,8 @@ Docs: https://stan-nb.github.io/stan_nb/pictures.html.md"""
 
 # %% auto #0
 __all__ = ['STYLES', 'DIGITS', 'IMAGES', 'draw_digits', 'Judge', 'train_judge', 'load_judge', 'plot_confusion', 'digit_rows',
-           'Prompts', 'digit_prompts', 'pipeline_prompts', 'image_folder', 'cosines', 'clip_vectors', 'dino_vectors',
-           'contact_sheet']
+           'Prompts', 'digit_prompts', 'pipeline_prompts', 'image_folder', 'image_set', 'find_images', 'cosines',
+           'clip_vectors', 'dino_vectors', 'contact_sheet']
 
 # %% ../nbs/26_pictures.ipynb #5bb9d3fd
 import functools, hashlib, json, re
@@ -134,16 +134,17 @@ def plot_confusion(
     title:str="",# of the figure
     ax=None,     # axes to draw into
 ):               # the Axes
-    "Rows are what was drawn, columns what the judge saw, in percent of the row."
+    "Rows are what was drawn (kinds that were not are left out), columns what the judge saw, in percent of the row."
     counts = np.zeros((len(names), len(names)))
     np.add.at(counts, (np.asarray(truth), np.asarray(guess)), 1)
-    share = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    drawn = np.flatnonzero(counts.sum(1))
+    share = 100 * counts[drawn] / counts[drawn].sum(1, keepdims=True)
     with styled(ax) as ax:
         ax.imshow(share, cmap="Blues", vmin=0, vmax=100)
         for i, j in zip(*np.nonzero(share >= .5)):
             ax.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=6, color="white" if share[i, j] > 50 else "black")
         ax.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-        ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.set_yticks(range(len(drawn)), [names[i] for i in drawn], fontsize=8)
         ax.grid(False)
         ax.set(title=title, xlabel="the judge saw", ylabel="drawn")
     return ax
@@ -220,16 +221,18 @@ def pipeline_prompts(
     cache:Path,       # where embeddings are kept
     length:int=77,    # tokens of the T5 encoder, where there is one
     device="cpu",     # where to compute
+    t5:bool=True,     # the T5 encoder, too; without it (9.5 GB less) its part of the embeddings is zero
+    dtype=torch.float32, # of the encoders
 )->Prompts:           # "" is among them
     "Text embeddings of whole prompts, computed once and kept; the encoders are let go before training starts."
     asked = sorted({"", *prompts})
-    folder = cache/hashlib.sha256(json.dumps([str(backbone), asked, length]).encode()).hexdigest()[:16]
+    folder = cache/hashlib.sha256(json.dumps([str(backbone), asked, length, t5]).encode()).hexdigest()[:16]
     if (folder/"prompts.json").is_file(): return Prompts.load(folder)
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
     with at_hub("backbone", backbone):
         about = StableDiffusion3Pipeline.load_config(backbone)
-        absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if not (about.get(name) or [None])[0]}    # saved without T5
-        pipe = StableDiffusion3Pipeline.from_pretrained(backbone, transformer=None, vae=None, **absent).to(device)
+        absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if not (t5 and (about.get(name) or [None])[0])}
+        pipe = StableDiffusion3Pipeline.from_pretrained(backbone, transformer=None, vae=None, torch_dtype=dtype, **absent).to(device)
         with torch.device("meta"): shape = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(backbone, subfolder="transformer"))
     pipe.register_modules(transformer=shape)                             # only its widths are asked for
     with torch.no_grad():
@@ -241,30 +244,82 @@ def pipeline_prompts(
 # %% ../nbs/26_pictures.ipynb #c2fd0a61
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
+def _square(picture, size, channels): # a PIL image -> (channels, size, size) in [-1, 1]
+    from PIL import Image, ImageOps
+    picture = ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB" if channels == 3 else "L"), (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture, dtype="float32").reshape(size, size, channels)).permute(2, 0, 1) / 127.5 - 1
+
+def _counted(counts, least, where, wanted=()):
+    "The styles that are wanted, all if none is named. Raises ValueError for one that is not there or has too few images, before any is opened."
+    for style in wanted:
+        if style not in counts: raise ValueError(f"style {style!r} is not in {where}: there are {', '.join(map(repr, counts))}.{near(style, counts)}")
+    kept = [style for style in counts if style in wanted or not wanted]
+    for style in kept:
+        if counts[style] < least: raise ValueError(f"style {style!r} has {counts[style]} images in {where}: at least {least} are needed")
+    return kept
+
+# %% ../nbs/26_pictures.ipynb #765ba0f0
 def image_folder(
     path:str|Path,   # one folder for each style; a caption may stand beside an image, in a .txt of its name
     size:int,        # pixels of a side; another shape is cut to its middle square, then resized
     least:int=4,     # images that a style needs
     channels:int=3,  # 3 for colour, 1 for grey
+    styles=(),       # take these alone; none: all
+    most:int=0,      # images of each style that are taken, the first ones; 0: all
 )->tuple:            # images (n, channels, size, size) in [-1, 1], and for each its style and caption ("" for none)
     "Pictures to learn styles from. Raises FileNotFoundError or ValueError naming the folder or file, before anything is computed."
-    from PIL import Image, ImageOps
+    from PIL import Image
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"data = {str(path)!r} is no folder: it has to hold one folder of images for each style")
     found = {f.name: sorted(p for p in f.iterdir() if p.suffix.lower() in IMAGES) for f in sorted(path.iterdir()) if f.is_dir() and f.name[0] != "."}
     if not any(found.values()): raise ValueError(f"data = {str(path)!r} holds no images: it has to hold one folder for each style, with {', '.join(IMAGES)}")
-    for style, files_there in found.items():
-        if len(files_there) < least: raise ValueError(f"style {style!r} has {len(files_there)} images in {path/style}: at least {least} are needed")
     images, about = [], []
-    for style, files_there in found.items():
-        for file in files_there:
-            try: picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB" if channels == 3 else "L")
+    for style in _counted({style: len(there) for style, there in found.items()}, least, path, styles):
+        for file in found[style][:most or None]:
+            try: images.append(_square(Image.open(file), size, channels))
             except (OSError, SyntaxError) as error: raise ValueError(f"{file} is no image that can be read: {error}") from None
-            picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-            images.append(torch.from_numpy(np.array(picture, dtype="float32").reshape(size, size, channels)).permute(2, 0, 1) / 127.5 - 1)
             note = file.with_suffix(".txt")
             about.append((style, note.read_text(encoding="utf-8").strip() if note.is_file() else ""))
     return torch.stack(images), about
+
+# %% ../nbs/26_pictures.ipynb #4d0c13fb
+def image_set(
+    name:str,        # "owner/name" or "owner/name/configuration" of the hub, or a folder laid out like one (parquet files, or train/ with metadata or one folder for each style)
+    size:int,        # pixels of a side, as for `image_folder`
+    least:int=4,     # images that a style needs
+    channels:int=3,  # 3 for colour, 1 for grey
+    styles=(),       # take these alone; none: all
+    most:int=0,      # images of each style that are taken, the first ones; 0: all
+)->tuple:            # as of `image_folder`
+    "Pictures of a data set. Raises ConnectionError without a connection, ValueError for missing columns or a style with too few images."
+    from datasets import Image, load_dataset
+    parts = [str(name)] if Path(name).is_dir() else str(name).split("/")
+    with at_hub("data", str(name)): found = load_dataset("/".join(parts[:2]), *parts[2:3])
+    rows = found["train"] if "train" in found else next(iter(found.values()))
+    style, caption = (next((column for column in wanted if column in rows.column_names), None) for wanted in (("style", "label"), ("caption", "text")))
+    if "image" not in rows.column_names or not style:
+        raise ValueError(f"data = {str(name)!r} has the columns {', '.join(rows.column_names)}: image, and style or label, are needed; caption or text may be there")
+    names = getattr(rows.features[style], "names", None)                                       # a ClassLabel knows its words
+    place = {}
+    for number, value in enumerate(rows[style]): place.setdefault(names[value] if names else str(value), []).append(number)
+    images, about, rows = [], [], rows.cast_column("image", Image())
+    for kind in _counted({kind: len(numbers) for kind, numbers in sorted(place.items())}, least, name, styles):
+        for number in place[kind][:most or None]:
+            try: row = rows[number]
+            except (OSError, SyntaxError) as error: raise ValueError(f"data = {str(name)!r}, row {number} is no image that can be read: {error}") from None
+            images.append(_square(row["image"], size, channels))
+            about.append((kind, str(row[caption] or "").strip() if caption else ""))
+    return torch.stack(images), about
+
+def find_images(
+    name:str, # a folder with one folder for each style, a folder laid out like a data set of the hub, or the name of such a data set
+    *args,    # as for `image_folder`
+    **kwargs, # as for `image_folder`
+)->tuple:     # as of `image_folder`
+    "Pictures to learn styles from, wherever they are."
+    path = Path(name)
+    as_set = (path/"train").is_dir() or any(path.glob("*.parquet")) or any(path.glob("data/*.parquet")) if path.is_dir() else "/" in str(name) and not path.is_absolute()
+    return (image_set if as_set else image_folder)(name, *args, **kwargs)
 
 # %% ../nbs/26_pictures.ipynb #4567d960
 def cosines(

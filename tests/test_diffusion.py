@@ -1,10 +1,11 @@
 "Styles for a diffusion transformer: the base that comes with the package, the loss beside diffusers' own, the full-scale section with a toy pipeline."
-import json
+import json, shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from datasets import ClassLabel, Dataset, Features, Image as ImageColumn, Value
 from hypothesis import given, settings as limits, strategies as st
 from peft import PeftModel
 from PIL import Image
@@ -16,7 +17,7 @@ from stan_nb.assets import shipped
 from stan_nb.cli import main
 from stan_nb.diffusion import DiffusionTask, draw_timesteps, flow_loss, sample
 from stan_nb.methods import method_from_settings
-from stan_nb.pictures import DIGITS, STYLES, Prompts, clip_vectors, digit_rows, dino_vectors, draw_digits, image_folder, load_judge, pipeline_prompts
+from stan_nb.pictures import DIGITS, STYLES, Prompts, clip_vectors, digit_rows, dino_vectors, draw_digits, find_images, image_folder, load_judge, pipeline_prompts
 from stan_nb.runs import Run
 from stan_nb.settings import settings
 from stan_nb.task import evaluate, predict_rows, take
@@ -226,6 +227,10 @@ def hub(tmp_path_factory):
         for i in range(4):
             Image.new("RGB", (40 + 9 * i, 30), colour).save(folder / "pictures" / style / f"{i}.png")
             (folder / "pictures" / style / f"{i}.txt").write_text(f"{'a field' if i % 2 else 'a sky'}\n")
+    made = [(Image.new("RGB", (40 + 9 * i, 30), colour), style, "a field" if i % 2 else "a sky") for style, colour in enumerate(((30, 30, 220), (220, 30, 30))) for i in range(4)]
+    columns = Features(image=ImageColumn(), style=ClassLabel(names=["blue", "red"]), caption=Value("string"))
+    Dataset.from_dict(dict(zip(columns, map(list, zip(*made)))), features=columns).to_parquet(folder / "set" / "data" / "train-00000-of-00001.parquet")
+    for style in ("blue", "red"): shutil.copytree(folder / "pictures" / style, folder / "tree" / "train" / style, ignore=shutil.ignore_patterns("*.txt"))
     return folder
 
 
@@ -247,6 +252,37 @@ def test_the_paper_section_runs_as_it_is(wanted, tmp_path, method):
     assert task.decode(task.latents).shape == task.images.shape == (8, 3, 16, 16)
     sheet = task.preview({method: model})
     assert sheet.get_yticklabels()[0].get_text() == "blue"
+
+
+@pytest.mark.parametrize("source", ["pictures", "set", "tree"])
+def test_the_colab_section_runs_with_other_paths(hub, monkeypatch, tmp_path, source):
+    "From a folder for each style, a data set of the hub, and one in the layout imagefolder. Half precision needs a GPU; the rest is as it stands in settings.ini."
+    monkeypatch.setenv("STAN_CACHE", str(hub / "cache"))
+    names = {"opt.clip": str(hub / "clip"), "opt.dino": str(hub / "dino")}
+    section = settings("diffusion", "colab", backbone=str(hub / "sd3"), data=str(hub / source), max_steps=2, rank=4, **names)
+    with pytest.raises(ValueError, match="fp16"): train_run(section, tmp_path / "no", progress=False)
+    wanted = section.replace(precision="no", **{"opt.dtype": "float32", "opt.size": 16, "opt.steps": 2})
+    result = train_run(wanted, tmp_path / "run", progress=False)
+    assert set(result["test"]) == {"clip_t", "clip_i", "dino"}
+    task, model = DiffusionTask.from_run(tmp_path / "run")
+    assert task.styles == ["blue", "red"] and task.load_data()["train"].num_rows == 8 and task.preview({"stan": model}) is not None
+    captions = {row["prompt"].split(" in the style")[0] for row in task.load_data()["train"].to_list()}
+    assert captions == ({"a picture"} if source == "tree" else {"a sky", "a field"})
+    blue = DiffusionTask(wanted.replace(**{"opt.styles": "blue", "opt.least": 2, "opt.most": 3}))
+    assert blue.styles == ["blue"] and len(blue.folder[0]) == 3
+
+
+def test_a_folder_and_a_data_set_of_the_same_pictures(hub):
+    of = {name: find_images(str(hub / name), 16) for name in ("pictures", "set", "tree")}
+    assert of["pictures"][1] == of["set"][1] and [s for s, _ in of["tree"][1]] == [s for s, _ in of["set"][1]]
+    for name in ("set", "tree"): assert torch.equal(of[name][0], of["pictures"][0])
+
+
+def test_embeddings_without_t5(wanted, hub):
+    with_t5 = pipeline_prompts(str(hub / "sd3"), ["a sky"], hub / "cache" / "a")
+    without = pipeline_prompts(str(hub / "sd3"), ["a sky"], hub / "cache" / "a", t5=False)
+    assert torch.equal(with_t5(["a sky"])[0], without(["a sky"])[0])                # the toy has no T5: nothing to leave out, but a file of its own
+    assert len(list((hub / "cache" / "a").iterdir())) == 2
 
 
 def test_embeddings_are_computed_once(wanted, hub, monkeypatch):
@@ -305,7 +341,7 @@ def test_vectors_of_clip_and_dino(hub):
 # --- bad input ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, said", [
-    ({"data": "nowhere"}, "'nowhere' is no folder"), ({"opt.least": 5}, "style 'blue' has 4 images"), ({"backbone": ""}, "backbone is empty")])
+    ({"data": "nowhere"}, "'nowhere' is no folder"), ({"opt.styles": "rde"}, "Did you mean 'red'"), ({"opt.least": 5}, "style 'blue' has 4 images"), ({"backbone": ""}, "backbone is empty")])
 def test_what_is_wrong_is_said_before_training(wanted, tmp_path, change, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said): train_run(wanted.replace(**change), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
@@ -317,6 +353,35 @@ def test_the_command_line_says_it_in_one_line(capsys, tmp_path, words, said):
     assert main(["train", "diffusion", "--out", str(tmp_path / "run"), *words]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_images(wanted, tmp_path, capsys):
+    (tmp_path / "styles" / "red").mkdir(parents=True)
+    (tmp_path / "styles" / "red" / "notes.md").write_text("no picture")
+    with pytest.raises(ValueError, match="holds no images"): train_run(wanted.replace(data=str(tmp_path / "styles")), tmp_path / "run", progress=False)
+    assert main(["train", "diffusion", "--scale", "paper", "--data", str(tmp_path / "styles"), "--out", str(tmp_path / "run"), "--precision", "no"]) == 2
+    err = capsys.readouterr().err
+    assert "holds no images" in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_no_image(wanted, hub, tmp_path):
+    shutil.copytree(hub / "pictures", tmp_path / "styles")
+    (tmp_path / "styles" / "red" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="0.png is no image"): train_run(wanted.replace(data=str(tmp_path / "styles")), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_of_an_unknown_class(task, base):
+    with pytest.raises(ValueError, match="'tree' is not known: allowed is .*Did you mean 'three'"): task.prompts(["tree, bold"])
+    with pytest.raises(ValueError, match="has 4 words: allowed is up to 3"): task.prompts(["one two three bold"])
+    rows = task.load_data()["test"].select([0]).map(lambda row: dict(prompt="dog, bold"))
+    with pytest.raises(ValueError, match="'dog' is not known"): predict_rows(task, base, rows, progress=False)
+
+
+def test_a_model_of_the_hub_needs_pictures(capsys, tmp_path):
+    for scale in ("colab", "paper"):
+        with pytest.raises(ValueError, match="data is empty"): DiffusionTask(settings("diffusion", scale))
+    with pytest.raises(ConnectionError, match="data = 'owner/styles' is not on this machine"): DiffusionTask(settings("diffusion", "colab", data="owner/styles"))
 
 
 def test_a_backbone_without_a_transformer(tmp_path, hub):

@@ -7,7 +7,7 @@ import torch
 from stan_nb.assets import shipped
 from stan_nb.diffusion import DiffusionTask, sample
 from stan_nb.hooks import scale
-from stan_nb.steering import ask, latent_means, own_latents, steer, switched_on, without_direction
+from stan_nb.steering import ask, latent_means, movers, own_latents, steer, switched_on, without_direction
 from stan_nb.task import predict_rows
 from stan_nb.viz import module
 
@@ -20,7 +20,9 @@ def opened():
 
 
 @pytest.fixture(scope="module")
-def picture(opened): return steer(*opened, latent_means(*opened))
+def picture(opened):
+    stats = latent_means(*opened)
+    return steer(*opened, stats, single=movers(*opened, stats, count=3, tried=12))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,8 @@ def test_the_browser_draws_what_pytorch_draws(opened, picture, page):
     task, model = opened
     state = {name: getattr(picture, name) for name in ("files", "words", "heads", "k", "scaling", "groups")}
     cases = [("three", "bold", {}, True), ("seven", "inverted", {}, False), ("five", "striped", {"striped": 0., "bold": .5}, True), ("zero", "plain", {"checkered": 2.}, True)]
+    cases += [("three", style, {name: factor}, True) for (name, style), factor in zip(picture.singles.items(), (0., 4., 2.5))]       # single latents
+    cases.append(("two", "bold", {"bold": .5, next(iter(picture.singles)): 3.}, True))                                               # one of them, within its style
     todo, expected = [], []
     for number, (digit, style, factors, on) in enumerate(cases):
         noise = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(number))
@@ -97,6 +101,17 @@ def test_a_reader_loads_and_draws(picture, page):
     done()
     again = look()
     assert again[0] == off and again[1] != on
+    sliders = page.locator("input[type=range]")
+    assert sliders.count() == 6 + len(picture.singles) == 9
+    sliders.first.fill("1")
+    page.wait_for_function("(on) => document.querySelectorAll('canvas')[1].toDataURL() === on", arg=on, timeout=60_000)             # back as it was
+    name, style = next(iter(picture.singles.items()))
+    page.locator("select").nth(1).select_option(style)
+    page.wait_for_function(f"document.querySelector('[role=status]').textContent.includes('{style}')", timeout=60_000)
+    asked = look()
+    page.get_by_label(name).fill("0")                                                                                               # one latent of 496
+    page.wait_for_function("(was) => document.querySelectorAll('canvas')[1].toDataURL() !== was", arg=asked[1], timeout=60_000)
+    assert look()[0] == asked[0]
 
 
 def test_a_notebook_sends_the_files_when_asked(picture):

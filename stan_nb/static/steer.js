@@ -1,6 +1,7 @@
 // The whole of a small SD3 transformer with its STAN adapter, in the reader's browser: pick a digit and a style, turn latents, draw.
 // State: files (name -> path of a safetensors file), bytes (name -> base64, sent by a kernel that was asked), asked (a count),
-// words (of the prompts), digits, styles, groups (style -> layer -> latents), factors (style -> factor), digit, style, seed,
+// words (of the prompts), digits, styles, groups (a style, or the name of a single latent -> layer -> latents), singles (names of
+// single latents -> the style that each moves most), factors (of each group), digit, style, seed,
 // heads, k, scaling, steps, guidance.
 
 // --- safetensors -> {name: {shape, data: Float32Array}} --------------------------------------------------------------------
@@ -196,12 +197,14 @@ function render({ model, el }) {
     draw(box, "figcaption", {}, name);
     return canvas;
   });
-  for (const style of model.get("styles")) {
-    const line = draw(sliders, "label", { style: "display:flex;gap:.6rem;align-items:center;max-width:26rem;font-size:13px" });
-    draw(line, "span", { style: "flex:0 0 11rem" }, `latents of ${style}`);
-    const input = draw(line, "input", { type: "range", min: 0, max: 2, step: 0.25, value: model.get("factors")[style], style: "flex:1" }), shown = draw(line, "output", {}, `× ${input.value}`);
-    input.addEventListener("input", () => { shown.textContent = `× ${input.value}`; put(model, "factors", { ...model.get("factors"), [style]: Number(input.value) }); });
-  }
+  const turner = (name, text, max) => {
+    const line = draw(sliders, "label", { style: "display:flex;gap:.6rem;align-items:center;max-width:34rem;font-size:13px" });
+    draw(line, "span", { style: "flex:0 0 19rem" }, text);
+    const input = draw(line, "input", { type: "range", min: 0, max, step: 0.25, value: model.get("factors")[name], style: "flex:1;min-width:5rem" }), shown = draw(line, "output", {}, `× ${input.value}`);
+    input.addEventListener("input", () => { shown.textContent = `× ${input.value}`; put(model, "factors", { ...model.get("factors"), [name]: Number(input.value) }); });
+  };
+  for (const style of model.get("styles")) turner(style, `latents of ${style}`, 2);
+  for (const [name, style] of Object.entries(model.get("singles"))) turner(name, `${name} (moves ${style})`, 4);
   const show = () => {
     if (!net || waiting) return;
     waiting = true;
