@@ -1,11 +1,13 @@
 "The reference: a page for every module, from its signatures and the comments beside the parameters (docments)."
-import functools, importlib, inspect, json, re, tomllib, typing
+import dataclasses, functools, importlib, inspect, json, re, tomllib, typing
 from pathlib import Path
 
 from fastcore.docments import docments
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [re.sub(r"^\d\d_", "", p.stem) for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")) if (ROOT / "stan_nb" / f"{re.sub('^[0-9]{2}_', '', p.stem)}.py").exists()]
+
+PARENTS = {"PeftConfig": "https://huggingface.co/docs/peft/package_reference/config#peft.PeftConfig"} # where the fields of others are explained
 
 
 def kind(annotation):
@@ -18,15 +20,30 @@ def kind(annotation):
 def cell(text): return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
+def inherited(obj):
+    "The fields that a dataclass has from classes that are not ours, and the nearest of these classes; (), None for anything else."
+    if not (inspect.isclass(obj) and dataclasses.is_dataclass(obj)): return (), None
+    others = [cls for cls in obj.__mro__[1:] if dataclasses.is_dataclass(cls) and not cls.__module__.startswith("stan_nb")]
+    own = {name for cls in obj.__mro__ if cls.__module__.startswith("stan_nb") for name in vars(cls).get("__annotations__", {})}
+    return tuple(f.name for f in dataclasses.fields(obj) if f.name not in own), others[0] if others else None
+
+
+def also(obj):
+    "One line about inherited fields, with a link to where they are explained."
+    fields, parent = inherited(obj)
+    name = parent and (f"[{parent.__name__}]({PARENTS[parent.__name__]})" if parent.__name__ in PARENTS else f"`{parent.__name__}`")
+    return f"And the fields of {name}: {', '.join(f'`{field}`' for field in fields)}." if fields else ""
+
+
 def parameters(obj):
-    "A table of the parameters and the return value; empty where neither says anything."
-    found = docments(obj, full=True, returns=True)
+    "A table of the parameters and the return value; empty where neither says anything. What a class has from others is left to `also`."
+    found, others = docments(obj, full=True, returns=True), inherited(obj)[0]
     rows = []
     for name, p in signature(obj).parameters.items():
-        if name in ("self", "cls") or name not in found: continue
+        if name in ("self", "cls") or name not in found or name in others: continue
         stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
         said = found[name]["docment"] or stars and starred(obj, name)
-        rows.append((f"`{stars}{name}`", kind(p.annotation), "" if p.default is p.empty else f"`{cell(short(p.default))}`", said))
+        rows.append((f"`{stars}{name}`", kind(p.annotation), f"`{inline(default(p))}`" if default(p) else "", said))
     back = found.get("return") or {}
     if back.get("docment") or kind(back.get("anno")): rows.append(("**returns**", kind(back.get("anno")), "", back.get("docment")))
     if not any(row[-1] for row in rows): return ""
@@ -47,6 +64,16 @@ def short(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def default(p):
+    "The default of a parameter as text, empty if there is none; of a field made anew for each object, what is made."
+    if p.default is p.empty: return ""
+    made = repr(p.default) == "<factory>"
+    return short((typing.get_origin(p.annotation) or p.annotation)()) if made else short(p.default)
+
+
+def inline(text): return " ".join(text.split()).replace("|", "\\|")     # between backticks, where nothing else is escaped
+
+
 def signature(obj):
     try: return inspect.signature(obj)
     except (ValueError, TypeError): return inspect.Signature()
@@ -55,13 +82,14 @@ def signature(obj):
 def call(name, obj, method=False):
     "`name(a, b=1, **more)`, without types: they stand in the table."
     shown = []
+    others = inherited(obj)[0]
     for p in signature(obj).parameters.values():
-        if p.name in ("self", "cls") and method: continue
+        if p.name in ("self", "cls") and method or p.name in others: continue
         text = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name
-        if p.default is not p.empty: text += f"={short(p.default)}"
+        if default(p): text += f"={default(p)}"
         if p.kind == p.KEYWORD_ONLY and not any(s.startswith("*") for s in shown): shown.append("*")
         shown.append(text)
-    return f"{name}({', '.join(shown)})"
+    return f"{name}({', '.join(shown + ['**others'] * bool(others))})"
 
 
 def links(obj, repository, lesson, anchor):
@@ -104,7 +132,7 @@ def names(module):
 def entry(module, name, obj, repository, lesson, anchor):
     "One name of a module."
     if not (inspect.isclass(obj) or callable(obj)): return fenced("py:data", f"{name}\n:value: {json.dumps(short(obj), ensure_ascii=False)}", f"[lesson]({lesson}{f'#{anchor}' if anchor else ''})" if lesson else "", 3)
-    body = "\n\n".join(filter(None, [doc(obj), parameters(obj), links(obj, repository, lesson, anchor)]))
+    body = "\n\n".join(filter(None, [doc(obj), parameters(obj), also(obj), links(obj, repository, lesson, anchor)]))
     if not inspect.isclass(obj): return fenced("py:function", call(name, obj), body, 3)
     inside = []
     for own, sort, inner in methods(obj):

@@ -154,7 +154,7 @@ def head(path, cells, names, known):
     buttons = (f'<p class="buttons"><a href="{COLAB}/{path.name}">Open in Colab</a><a href="notebooks/{path.name}" download>Download notebook</a>'
                f'<a href="{REPOSITORY}/blob/main/nbs/{path.name}">View source</a></p>')
     facts = " · ".join(f"**{key}**: {said[key]}" for key in FACTS)
-    return (f"# {title}\n\n{{.promise}}\n{prose(promise, names, known)}\n\n{buttons}\n\n:::{{admonition}} This lesson\n:class: lesson\n"
+    return (f"# {path.stem[:2]} · {title}\n\n{{.promise}}\n{prose(promise, names, known)}\n\n{buttons}\n\n:::{{admonition}} This lesson\n:class: lesson\n"
             f"You will be able to {prose(said['You will be able to'], names, known)}.\n\n**You need** {prose(said['You need'], names, known)}.\n\n{facts}\n:::")
 
 

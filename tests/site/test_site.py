@@ -148,6 +148,50 @@ def test_nothing_hangs_over_on_a_phone(visit, pages):
     assert wide == []
 
 
+@pytest.mark.parametrize("width", [1280, 1440, 1920])
+def test_code_has_room(visit, width):
+    "A line of 115 characters is seen as a whole, in shown and in unfolded cells; prose keeps a readable measure."
+    page = visit("layer.html", width=width)
+    page.evaluate("document.querySelectorAll('details.hide').forEach(d => d.open = true)")
+    room, prose = page.evaluate("""() => {
+        const ruler = document.createElement('span'), blocks = [...document.querySelectorAll('div.highlight pre')]
+        ruler.textContent = '0'.repeat(115)
+        const room = blocks.map(b => { b.append(ruler); const wide = b.scrollWidth - b.clientWidth, own = ruler.getBoundingClientRect().width; ruler.remove(); return (b.clientWidth - 32) / own })
+        return [Math.min(...room), Math.max(...[...document.querySelectorAll('article p')].map(p => p.clientWidth))] }""")
+    assert room > 1 and prose <= 52 * 16
+    assert (page.locator("#pst-secondary-sidebar").is_visible(), page.locator("button.secondary-toggle").first.is_visible()) == ((True, False) if width > 1519 else (False, True))
+    if width == 1280:
+        page.locator("button.secondary-toggle").first.click()
+        assert page.locator("dialog nav.page-toc a", has_text="Does it learn?").is_visible()
+
+
+def test_what_does_not_fit_scrolls_in_its_box(visit):
+    "On a phone a figure stays wide enough to read, and a parameter's meaning stands below it."
+    page = visit("layer.html", width=390)
+    figure = page.locator("div.cell_output > a.image-reference").last
+    assert figure.locator("img").bounding_box()["width"] >= 500 and figure.bounding_box()["width"] < 390
+    assert figure.evaluate("e => { e.scrollLeft = 999; return e.scrollLeft }") > 100
+    page.goto(urljoin(page.url, "/api/peft.html"), wait_until="networkidle")
+    hidden = page.evaluate("[...document.querySelectorAll('dl.py td:last-child')].filter(c => c.textContent.trim() && c.getBoundingClientRect().right > innerWidth).map(c => c.textContent)")
+    assert hidden == []
+
+
+def test_lessons_have_their_numbers(visit):
+    page = visit("layer.html")
+    assert page.inner_text("h1").startswith("11 · A linear layer that adapts") and page.title().startswith("11 · ")
+    shown = [a.inner_text() for a in page.query_selector_all("nav.bd-links a.reference.internal")]
+    assert {"00 · Settings", "13 · STAN as a PEFT method"} <= set(shown)
+
+
+def test_a_config_shows_its_own_fields_first(visit):
+    page = visit("api/peft.html")
+    entry = page.locator("dl.py.class", has=page.locator("#stan_nb\\.peft\\.StanConfig"))
+    names = [cell.inner_text() for cell in entry.locator("td:first-child").all()]
+    assert names[:3] == ["num_latents", "k", "alpha"] and "task_type" not in names
+    also = entry.locator("p", has_text="And the fields of")
+    assert also.count() == 1 and "task_type" in also.inner_text() and also.locator("a").first.get_attribute("href").startswith("https://huggingface.co/docs/peft")
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["index.html", "viz.html", "layer.html", "api/layer.html", "search.html?q=latent", "404.html"])
 def test_no_barriers(visit, name, theme):
