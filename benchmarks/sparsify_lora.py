@@ -3,7 +3,7 @@
     python benchmarks/sparsify_lora.py --out stan_nb/data/results/math_code_words_sparsify.json
 
 Takes the LoRA that was tuned for the word problems (stan_nb/data/results/math_code_words.json) and its seeds; LoRA runs that are in runs/cache are not run twice.
-The fine-tune's learning rate is chosen with another seed. Each fine-tune has a control: the same steps with all latents active.
+The fine-tune's learning rate is chosen with another seed. `stan-nb verify` passes over the file: its rows are no plain runs. Each fine-tune has a control: the same steps with all latents active.
 """
 import sys, tempfile
 from pathlib import Path
@@ -77,7 +77,7 @@ def main():
             for k in (K, lora.rank):
                 found, dead = tuned(adapter, k, seed, best[k], "test")
                 note(stage="test", variant=f"k = {k}", rate=best[k], seed=seed, exact_match=found, dead=dead)
-    save_results(out, rows, f"python benchmarks/sparsify_lora.py --out {out}", [TUNED_ON, *seeds], lora, words["corpus_hash"], metric="exact_match", against="LoRA",
+    save_results(out, rows, f"python benchmarks/sparsify_lora.py --out {out}", [TUNED_ON, *seeds], lora, words["corpus_hash"], against="LoRA",
                  tuned={f"k = {k}": dict(rate=rate) for k, rate in best.items()}, threads=1, steps=STEPS)
 
 
