@@ -199,3 +199,27 @@ def test_no_barriers(visit, name, theme):
     page.add_script_tag(content=AXE.read_text())
     found = page.evaluate("axe.run().then(r => r.violations.filter(v => ['serious', 'critical'].includes(v.impact)).map(v => [v.id, v.nodes.length, v.nodes.slice(0, 3).map(n => n.html.slice(0, 200) + ' ' + (n.any[0]?.message ?? ''))]))")
     assert found == [], json.dumps(found, indent=1)
+
+
+def test_a_reader_turns_latents_on_the_page(visit):
+    "The model is fetched when the button is pressed, the digits appear, and a slider of a style and one of a single latent each change what the adapter draws."
+    page = visit("steering.html")
+    live = page.locator(".live", has=page.locator("canvas"))
+    button, drawn = live.get_by_role("button", name="Load the model"), lambda: live.locator("canvas").evaluate_all("(all) => all.map((c) => c.toDataURL())")
+    button.scroll_into_view_if_needed()
+    button.click()
+    live.locator("[role=status]", has_text="steps").wait_for(timeout=60_000)
+    sliders, before = live.locator("input[type=range]"), drawn()
+    assert sliders.count() == 12 and before[0] != before[1]
+    def changes(act):
+        was = drawn()
+        act()
+        page.wait_for_function("(was) => [...document.querySelectorAll('.live canvas')][1].toDataURL() !== was", arg=was[1], timeout=60_000)
+        assert drawn()[0] == was[0]
+    single = live.locator("label", has_text="(moves ").first
+    style = single.inner_text().split("(moves ")[1].split(")")[0]
+    live.locator("select").nth(1).select_option(style)                   # the base hears the word, too: both pictures are new
+    live.locator("[role=status]", has_text=style).wait_for(timeout=60_000)
+    changes(lambda: single.locator("input").fill("0"))
+    changes(lambda: live.get_by_label(f"latents of {style}").fill("0"))
+    assert not page.trouble
