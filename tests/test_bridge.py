@@ -40,7 +40,7 @@ def made(tmp_path):
 
 def test_the_top_of_a_lesson(made):
     head = made()[0]["cells"][0]["source"]
-    assert head.startswith("# A lesson\n\n{.promise}\nIts promise.") and 'href="notebooks/10_alpha.ipynb" download' in head
+    assert head.startswith("# 10 · A lesson\n\n{.promise}\nIts promise.") and 'href="notebooks/10_alpha.ipynb" download' in head
     assert "blob/main/nbs/10_alpha.ipynb" in head and "**Memory**: 0.1 GiB" in head and "[`10_topk`](topk.ipynb)" in head and "colab-badge" not in head
 
 
@@ -133,9 +133,16 @@ def test_reference_pages():
     page = api.page("layer", ("../layer.ipynb", {"adapt": "a-whole-model-in-one-call"}))
     assert ":::{py:function} adapt(model, targets, **options)" in page and "| `targets` | str \\| list[str] |  | layer names or their ends" in page
     assert "[lesson](../layer.ipynb#a-whole-model-in-one-call)" in page and "blob/main/stan_nb/layer.py#L" in page
-    assert "| `**options` |  |  | num_latents=64, k=8, alpha=16., select=\"abs\", dropout=0., encoder_bias=False: see `StanLinear` |" in page
+    assert '| `**options` |  |  | num_latents=64, k=8, alpha=16., select="abs", dropout=0., encoder_bias=False: see `StanLinear` |' in page
     assert "{py:property} k" in page and "{py:method} encode(x)" in page and "**returns**" in page
     for name in api.MODULES: assert "0x" not in api.page(name, (None, {}))                       # no addresses: the same in every process
+
+
+def test_reference_of_a_class_with_fields_of_others():
+    page = api.page("peft", (None, {}))
+    table = page[page.index("{py:class} StanConfig(num_latents=64, k=8,"):page.index("{py:method} to_dict")]
+    assert "| `k_pattern` | dict[str, int] | `{}` |" in table and "factory" not in page and "**others)" in table
+    assert "`task_type`" in table.split("And the fields of [PeftConfig](https://huggingface.co/docs/peft/")[1] and "| `task_type`" not in table
 
 
 def test_stored_outputs(tmp_path):

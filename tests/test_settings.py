@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 
 from course import ROOT
 from stan_nb import settings as room
-from stan_nb.settings import Settings, Table, describe, in_range, sections, settings, settings_file
+from stan_nb.settings import Settings, Table, describe, in_range, sections, settings, settings_file, task_names
 
 
 @pytest.fixture
@@ -26,6 +26,21 @@ def test_the_first_line_says_what_the_file_is():
 def test_every_shipped_section_is_valid():
     assert {"toy.embedded", "text.embedded", "text.colab", "text.paper"} <= set(sections())
     for name in sections(): assert f"{settings(*name.split('.')).modality}.{settings(*name.split('.')).scale}" == name
+
+
+def test_tasks_are_those_that_their_modules_know():
+    from stan_nb import math_code_data, text_data
+    assert set(task_names("text")) == set(text_data.KINDS) and set(task_names("math_code")) == {*math_code_data.EMBEDDED, *math_code_data.HUB}
+    for name in sections():
+        modality, scale = name.split(".")
+        assert settings(modality, scale).task in ("", *task_names(modality)), name
+
+
+def test_a_task_nobody_knows_is_refused_unless_there_is_data(write):
+    path = write("[text.mine]\ntasks = one, two\n[text.other]\n[toy.mine]\n")
+    assert task_names("text", path) == ["one", "two"] and task_names("toy", path) == []
+    assert settings("toy", "mine", file=path, task="any").task == "any" and settings("text", "other", file=path, task="x", data="folder").task == "x"
+    with pytest.raises(ValueError, match="task = 'tow' is not known: allowed is one of one, two, or give data. Did you mean 'two'"): settings("text", "other", file=path, task="tow")
 
 
 def test_the_installed_file_comes_first(tmp_path, monkeypatch):
