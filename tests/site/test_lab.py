@@ -36,18 +36,23 @@ def lab(tmp_path):
             server.wait(30)
 
 
-def test_the_slider_moves_with_a_kernel(lab, chromium):
-    pytest.importorskip("jupyterlab")
+def open_and_run(chromium, address):
+    "A notebook in a new page, its first cell run; and what runs the next cell. JupyterLab forgets what is run before the kernel listens (its issue 8490), so again."
     from playwright.sync_api import TimeoutError
     page = chromium.new_page(viewport=dict(width=1280, height=900))
-    page.goto(f"{lab}/lab/tree/try.ipynb", timeout=120_000)
-    run, counted = lambda: page.keyboard.press("Shift+Enter"), page.locator(".jp-InputPrompt", has_text=re.compile(r"\[\d+\]"))
-    for _ in range(12):                                                   # JupyterLab forgets what is run before the kernel listens (its issue 8490)
+    page.goto(address, timeout=120_000)
+    for _ in range(12):
         page.locator(".jp-CodeCell .cm-content").first.click(timeout=120_000)
-        run()
-        try: counted.first.wait_for(timeout=10_000)
+        page.keyboard.press("Shift+Enter")
+        try: page.locator(".jp-InputPrompt", has_text=re.compile(r"\[\d+\]")).first.wait_for(timeout=10_000)
         except TimeoutError: continue
-        break
+        return page, lambda: page.keyboard.press("Shift+Enter")
+    raise AssertionError(f"{address}: the first cell was never run")
+
+
+def test_the_slider_moves_with_a_kernel(lab, chromium):
+    pytest.importorskip("jupyterlab")
+    page, run = open_and_run(chromium, f"{lab}/lab/tree/try.ipynb")
     run()
     handle, said = page.locator(".jp-OutputArea input[type=range]"), page.locator(".jp-OutputArea output")
     handle.wait_for(timeout=120_000)
@@ -66,10 +71,7 @@ def test_the_slider_moves_with_a_kernel(lab, chromium):
 def test_a_blind_vote_by_keys(lab, chromium, tmp_path):
     "A rater in JupyterLab: arrow keys, a vote taken back, a click; each vote is in the file at once, and the browser is not told whose pictures they are."
     pytest.importorskip("jupyterlab")
-    page, file = chromium.new_page(viewport=dict(width=1280, height=900)), tmp_path / "votes.jsonl"
-    page.goto(f"{lab}/lab/tree/vote.ipynb?reset", timeout=120_000)
-    page.locator(".jp-Notebook .jp-CodeCell").first.click(timeout=120_000)
-    page.keyboard.press("Shift+Enter")
+    (page, run), file = open_and_run(chromium, f"{lab}/lab/tree/vote.ipynb"), tmp_path / "votes.jsonl"
     said = page.locator(".jp-OutputArea [role=status]")
     said.wait_for(timeout=120_000)
     assert said.inner_text().startswith("0 of 3")
@@ -96,9 +98,9 @@ def test_a_blind_vote_by_keys(lab, chromium, tmp_path):
     page.get_by_text("All pairs are judged").wait_for(timeout=30_000)
     page.keyboard.press("ArrowLeft")                                       # one too many is not counted
     page.locator(".jp-CodeCell .cm-content").nth(1).click()
-    page.keyboard.press("Shift+Enter")
+    run()
     page.get_by_text("heard ['left', 'right', 'right']").wait_for(timeout=60_000)
-    page.keyboard.press("Shift+Enter")
+    run()
     page.get_by_text("'votes': 3").wait_for(timeout=60_000)
     assert [row["winner"] == row["right"] for row in stored()] == [False, True, True]
     page.close()
