@@ -328,11 +328,11 @@ class Lora(PeftMethod):
 class Stan(PeftMethod):
     "STAN: y = W0 x + scaling * D TopK(E x), scaling = alpha / k. Raises ValueError if the budget has room for fewer than k latents."
     name = "stan"
-    k:int=4                  # latents kept per token
-    select:str="abs"         # which ones: "abs", "value" or "relu"
+    k:int=4                  # latents kept per token; lesson 36 shows what it decides, lesson 39 when
+    select:str="abs"         # which ones: "abs", "value" or "relu"; no difference in accuracy, see lesson 36
     scaling:float=2.         # alpha / k
     dropout:float=0.         # on the adapter's input
-    encoder_bias:bool=False  # a bias on the latents
+    encoder_bias:bool=False  # a bias on the latents; none shown to matter, see lesson 36
     anneal:float=0.          # fraction of the steps in which k falls from all latents to `k`; 0: `k` from the start
     falls = step = 0         # steps of that fall, and steps done
     @property
