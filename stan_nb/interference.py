@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .assets import docstrings
 from .layer import StanAdapter, in_out_features
 from .math_code import MathCodeTask
-from .methods import METHODS, WholeTensors, _read_record, base_hash, count_parameters, in_head, read_tensors, same_tensors, spend, target_names, unit_costs
+from .methods import METHODS, WholeTensors, _meta_twin, _read_record, base_hash, count_parameters, in_head, read_tensors, same_tensors, spend, target_names, unit_costs
 from .protocol import paired_interval
 from .task import Task
 from .text import TextTask
@@ -219,11 +219,11 @@ class Routed(WholeTensors):
         folder, self.head = Path(folder), tuple(head)
         record = _read_record(self, model, folder, head)
         if not record: raise FileNotFoundError(f"{folder} holds no method.json")
-        self.wrap(model, record["chosen"]["ranks"])
-        tensors, own = read_tensors(folder/"weights.safetensors"), {name: p for name, p in model.named_parameters() if self.trains(name)}
-        same_tensors(folder/"weights.safetensors", tensors, own)
+        tensors, ranks = read_tensors(folder/"weights.safetensors"), record["chosen"]["ranks"]
+        own = lambda model: {name: p for name, p in model.named_parameters() if self.trains(name)}
+        same_tensors(folder/"weights.safetensors", tensors, own(self.wrap(_meta_twin(model), ranks)))     # before anything is changed
         with torch.no_grad():
-            for name, parameter in own.items(): parameter.copy_(tensors[name])
+            for name, parameter in own(self.wrap(model, ranks)).items(): parameter.copy_(tensors[name])
         self.base, self.chosen = record["base"], record["chosen"]
         return model.requires_grad_(False)
 
