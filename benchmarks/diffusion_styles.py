@@ -13,12 +13,13 @@ import torch
 from peft import PeftModel
 
 from stan_nb.diffusion import DiffusionTask
+from stan_nb.forget import own_latents, without_direction
 from stan_nb.hooks import ablate
 from stan_nb.peft import from_lora
 from stan_nb.protocol import run_key, run_once
 from stan_nb.runs import atomic_write, load_results, save_results
 from stan_nb.settings import Settings
-from stan_nb.steering import latent_means, own_latents, removal, without_direction
+from stan_nb.steering import latent_means, removal
 
 CACHE, SHARES, LAYERS = Path("runs/cache"), (.25, .3, .35, .4, .45, .5, .6), (.15, .3, .6, 1.)
 

@@ -6,8 +6,9 @@ import torch
 
 from stan_nb.assets import shipped
 from stan_nb.diffusion import DiffusionTask, sample
+from stan_nb.forget import own_latents, without_direction
 from stan_nb.hooks import scale
-from stan_nb.steering import ask, latent_means, movers, own_latents, steer, switched_on, without_direction
+from stan_nb.steering import ask, latent_means, movers, steer, switched_on
 from stan_nb.task import predict_rows
 from stan_nb.viz import module
 
