@@ -109,9 +109,9 @@ _LOOK = """body { max-width: 92rem } .tools { display: flex; flex-wrap: wrap; ga
 .tools select { max-width: 100% } .both { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem 2rem } .side { overflow: auto; max-height: 46vh; border: 1px solid var(--line); border-radius: 6px } .panel { min-width: 0; min-height: 60vh }
 .latents { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; width: 100% } .latents th { position: sticky; top: 0; background: var(--shade); text-align: left }
 .latents th button { border: 0; background: none; font-weight: 600; padding: .3rem .45rem; white-space: nowrap } .latents th[aria-sort=descending] button::after { content: " ▼" } .latents th[aria-sort=ascending] button::after { content: " ▲" }
-.latents td { padding: .2rem .45rem; border-top: 1px solid var(--line); white-space: nowrap } .latents td:last-child { max-width: 22rem; overflow: hidden; text-overflow: ellipsis } .latents .n { text-align: right }
+.latents td { padding: .2rem .45rem; border-top: 1px solid var(--line); white-space: nowrap } .latents .words { max-width: 16rem; overflow: hidden; text-overflow: ellipsis } .latents .n { text-align: right }
 .latents tbody tr { cursor: pointer } .latents tbody tr:hover, .latents tr.on { background: var(--shade) } .latents tr.on td:first-child { box-shadow: inset 3px 0 var(--accent) } .side > button { margin: .5rem }
-@media (min-width: 70rem) { .both { grid-template-columns: minmax(0, 5fr) minmax(0, 7fr) } .side { max-height: 82vh } .latents td:last-child { max-width: 14rem } }"""
+@media (min-width: 70rem) { .both { grid-template-columns: minmax(0, 5fr) minmax(0, 7fr) } .side { max-height: 82vh } .latents .words { max-width: 9rem } }"""
 
 def browser_page(
     title:str,      # heading

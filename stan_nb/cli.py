@@ -716,7 +716,7 @@ def cmd_latents(
         some = data[split].select(range(min(rows or len(data[split]), len(data[split]))))
         if export: found = export_neuronpedia(task, model, some, out, name=name, examples=examples, width=width, **asked)
         else:
-            where = [f"The run {Path(run).name}, split {split}, {len(some):,} rows. Data: {info.get('source') or info.get('task')}. Corpus hash: {info.get('corpus_hash')}.", f"Made by `{command_line()}`; the run by `{info['command']}`."]
+            where = [f"The run {Path(run).name}, split {split}, {len(some):,} rows. Data: {info.get('source') or info.get('task')}. Corpus hash: {info.get('corpus_hash')}.", Html(f"<p>Made by <code>{esc(command_line())}</code>; the run by <code>{esc(info['command'])}</code>.</p>")]
             found = feature_browser(task, model, some, out, title=f"Latents of {Path(run).name}", sections=[("Where the numbers come from", where)], examples=examples, width=width, **asked)
     print(found)
 

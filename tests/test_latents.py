@@ -336,11 +336,11 @@ def test_five_thousand_latents_load_fast(thousands, page):
     page.get_by_label("layer", exact=True).select_option("1")
     assert count.inner_text() == "1,700 of 5,100 latents" and rows.first.inner_text().startswith("model.layers.1")
     page.get_by_role("button", name="fires").click()               # sorts, most first; again: least first
-    shares = lambda: [float(t.rstrip("%")) for t in page.locator(".latents tbody tr td:nth-child(3)").all_inner_texts()]
+    shares = lambda: [float(t.rstrip("%")) for t in page.locator(".latents tbody tr td:nth-child(4)").all_inner_texts()]
     assert shares() == sorted(shares(), reverse=True) and page.locator("th[aria-sort=descending]").inner_text().startswith("fires")
     page.get_by_role("button", name="fires").click()
     assert shares() == sorted(shares())
-    word = rows.nth(5).locator("td").last.inner_text().split(" · ")[0]
+    word = rows.nth(5).locator("td.words").inner_text().split(" · ")[0]
     page.get_by_label("search latents").fill(f"{word.upper()} 17")
     hits = rows.all_inner_texts()
     assert hits and all(word.lower() in hit.lower() and "17" in hit for hit in hits)

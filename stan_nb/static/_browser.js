@@ -2,6 +2,7 @@
 // Data in the page: #list (layers, columns, rows: [layer, latent, share, highest |value|, effect, norm, words]), #chunk-0 ... (gzip, base64): pages of `size` latents each.
 
 const list = JSON.parse(document.getElementById("list").textContent), chunks = new Map(), SHOWN = 200;
+const ORDER = [0, 1, 6, 2, 3, 4, 5];                          // how the columns stand: what a reader looks for comes first
 const found = { query: "", layer: "", column: list.start, down: true, shown: SHOWN };
 const rows = list.rows.map((row, i) => ({ i, row, text: `${list.layers[row[0]]} ${row[1]} ${row[6]}`.toLowerCase() }));
 const address = (layer, latent) => `#${encodeURIComponent(layer)}/${latent}`;
@@ -37,8 +38,8 @@ list.layers.forEach((layer, i) => draw(layers, "option", { value: i }, layer));
 const count = draw(tools, "output", { "aria-live": "polite" }), both = draw(app, "div", { class: "both" });
 const side = draw(both, "div", { class: "side", tabindex: 0, "aria-label": "latents", role: "region" }), table = draw(side, "table", { class: "latents" }), head = draw(draw(table, "thead"), "tr"), body = draw(table, "tbody");
 const more = draw(side, "button", { type: "button" }, "show more"), panel = draw(both, "div", { class: "panel" });
-const heads = list.columns.map((column, c) => {
-  const th = draw(head, "th", { scope: "col" }), button = draw(th, "button", { type: "button", title: column.about }, column.name);
+const heads = ORDER.map((c) => {
+  const column = list.columns[c], th = draw(head, "th", { scope: "col" }), button = draw(th, "button", { type: "button", title: column.about }, column.name);
   button.addEventListener("click", () => { if (found.column === c) found.down = !found.down; else [found.column, found.down] = [c, column.by !== "word"]; fill(); });
   return th;
 });
@@ -46,15 +47,15 @@ const heads = list.columns.map((column, c) => {
 function fill() {
   const hits = matching();
   count.textContent = `${hits.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} latents`;
-  heads.forEach((th, c) => { if (c === found.column) th.setAttribute("aria-sort", found.down ? "descending" : "ascending"); else th.removeAttribute("aria-sort"); });
+  heads.forEach((th, place) => { if (ORDER[place] === found.column) th.setAttribute("aria-sort", found.down ? "descending" : "ascending"); else th.removeAttribute("aria-sort"); });
   body.replaceChildren();
   for (const { i, row } of hits.slice(0, found.shown)) {
     const tr = draw(body, "tr", { "data-i": i });
-    row.forEach((value, c) => {
-      const td = draw(tr, "td", { class: list.columns[c].by === "word" ? "" : "n" });
+    for (const c of ORDER) {
+      const value = row[c], td = draw(tr, "td", { class: c === 6 ? "words" : list.columns[c].by === "word" ? "" : "n", title: c === 6 ? value : "" });
       if (c === 1) draw(td, "a", { href: address(list.layers[row[0]], row[1]) }, value);
       else td.textContent = c === 0 ? list.layers[value] : c === 2 ? `${(100 * value).toPrecision(2)}%` : typeof value === "string" ? value : number(value);
-    });
+    }
     tr.addEventListener("click", () => { location.hash = address(list.layers[row[0]], row[1]); });
   }
   more.hidden = hits.length <= found.shown;

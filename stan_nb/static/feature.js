@@ -54,7 +54,7 @@ function words(parent, title, rows, colour, most) {
 function facts(root, page) {
   const list = draw(root, "div", { style: "display:flex;flex-wrap:wrap;gap:.1rem 1.4rem;font-variant-numeric:tabular-nums;font-size:13.5px" });
   const share = page.fired / page.tokens;
-  const said = [["fires on", `${(100 * share).toPrecision(3)}% of ${page.tokens.toLocaleString("en")} ${page.unit}`], ["values", page.fired ? `${number(page.low)} to ${number(page.high)}` : "none"], ["writes, for a value of 1", number(page.norm)]];
+  const said = [["fires on", `${(100 * share).toPrecision(3)}% of ${page.tokens.toLocaleString("en")} ${page.unit}`], ["values", page.fired ? `${number(page.low)} to ${number(page.high)}` : "none"], ["length of what it writes", number(page.norm)]];
   if (page.effect !== null) said.push(["loss without it (estimate)", `${page.effect >= 0 ? "+" : ""}${number(page.effect)}`]);
   for (const [name, value] of said) draw(draw(list, "span", {}, `${name} `), "strong", { style: "font-weight:600" }, value);
 }
