@@ -82,7 +82,7 @@ COLUMNS = [dict(name="layer", by="word", about="the adapted layer"), dict(name="
 def _listed(one, number):
     "A page's row in the list."
     top = sorted(one["top"] + one["bottom"], key=lambda e: -abs(e["value"]))
-    said = list(dict.fromkeys(e["words"][e["at"]].strip() if "words" in e else e["label"] for e in top))[:6 if top and "words" in top[0] else 2]
+    said = list(dict.fromkeys(e["words"][e["at"]].strip() if "words" in e else e["label"].split(": ", 1)[-1] for e in top))[:6 if top and "words" in top[0] else 2]
     said = " · ".join(said) + (" → " + " · ".join(word for word, _ in one["raises"][:3]) if one["raises"] and top else "")
     largest = max((one["low"], one["high"]), key=abs) if one["fired"] else None
     return [number, one["latent"], round(one["fired"] / one["tokens"], 6), largest, one["effect"], one["norm"], said]
@@ -104,7 +104,7 @@ def packed(
     return layers, rows, packets
 
 # %% ../nbs/45_browser.ipynb #3c187c60
-_LOOK = """body { max-width: 92rem } .tools { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin: 0 0 .6rem }
+_LOOK = """body { max-width: 92rem } h1, code { overflow-wrap: anywhere } .tools { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin: 0 0 .6rem }
 .tools input { flex: 1 1 16rem; max-width: 28rem } .tools input, .tools select, .side button { font: inherit; color: inherit; background: var(--ground); border: 1px solid var(--line); border-radius: 6px; padding: .3rem .6rem }
 .tools select { max-width: 100% } .both { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem 2rem } .side { overflow: auto; max-height: 46vh; border: 1px solid var(--line); border-radius: 6px } .panel { min-width: 0; min-height: 60vh }
 .latents { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; width: 100% } .latents th { position: sticky; top: 0; background: var(--shade); text-align: left }
@@ -153,9 +153,10 @@ def feature_browser(
     "Write the feature browser of a run. Raises FileExistsError (see `claim`), or ValueError, before anything is written."
     out, some = claim(out, overwrite), rows.select(range(min(256, len(rows))))
     groups, left = layer_groups(task, model, rows, layers)
-    effect = attributions(task, model, some, layers=[name for group in groups for name in group])
     seen = set()
-    with tempfile.TemporaryDirectory() as temporary:
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as temporary:
+        torch.manual_seed(0)                                                                # of the noise, where a loss draws some
+        effect = attributions(task, model, some, layers=[name for group in groups for name in group])
         def pages():
             for i, group in enumerate(groups):
                 store = collect(task, model, rows, Path(temporary)/str(i), layers=group, progress=progress)

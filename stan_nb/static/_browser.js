@@ -5,6 +5,8 @@ const list = JSON.parse(document.getElementById("list").textContent), chunks = n
 const ORDER = [0, 1, 6, 2, 3, 4, 5];                          // how the columns stand: what a reader looks for comes first
 const found = { query: "", layer: "", column: list.start, down: true, shown: SHOWN };
 const rows = list.rows.map((row, i) => ({ i, row, text: `${list.layers[row[0]]} ${row[1]} ${row[6]}`.toLowerCase() }));
+const parts = list.layers.map((layer) => layer.split(".")), shared = list.layers.length < 2 ? 0 : parts[0].findIndex((part, i) => parts.some((other) => other[i] !== part || i >= other.length - 1));
+const brief = parts.map((part) => part.slice(Math.max(0, shared)).join("."));             // without the beginning that all layers share
 const address = (layer, latent) => `#${encodeURIComponent(layer)}/${latent}`;
 const byAddress = new Map(rows.map(({ i, row }) => [address(list.layers[row[0]], row[1]), i]));
 
@@ -52,9 +54,9 @@ function fill() {
   for (const { i, row } of hits.slice(0, found.shown)) {
     const tr = draw(body, "tr", { "data-i": i });
     for (const c of ORDER) {
-      const value = row[c], td = draw(tr, "td", { class: c === 6 ? "words" : list.columns[c].by === "word" ? "" : "n", title: c === 6 ? value : "" });
+      const value = row[c], td = draw(tr, "td", { class: c === 6 ? "words" : list.columns[c].by === "word" ? "" : "n", title: c === 6 ? value : c === 0 ? list.layers[value] : "" });
       if (c === 1) draw(td, "a", { href: address(list.layers[row[0]], row[1]) }, value);
-      else td.textContent = c === 0 ? list.layers[value] : c === 2 ? `${(100 * value).toPrecision(2)}%` : typeof value === "string" ? value : number(value);
+      else td.textContent = c === 0 ? brief[value] : c === 2 ? `${(100 * value).toPrecision(2)}%` : typeof value === "string" ? value : number(value);
     }
     tr.addEventListener("click", () => { location.hash = address(list.layers[row[0]], row[1]); });
   }

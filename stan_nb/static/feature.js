@@ -60,7 +60,7 @@ function facts(root, page) {
 }
 
 function show(root, page, open) {
-  draw(root, "div", { style: "font-weight:700;font-size:16px", "data-title": "" }, `latent ${page.latent} of ${page.layer}`);
+  draw(root, "div", { style: "font-weight:700;font-size:16px;overflow-wrap:anywhere", "data-title": "" }, `latent ${page.latent} of ${page.layer}`);
   facts(root, page);
   if (!page.fired) { draw(root, "p", {}, "It never fired on this data: a dead latent, here at least."); return; }
   const both = draw(root, "div", { style: "display:flex;flex-wrap:wrap;gap:0 2rem" });
