@@ -211,7 +211,7 @@ def test_a_config_shows_its_own_fields_first(visit):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["index.html", "viz.html", "layer.html", "api/layer.html", "search.html?q=latent", "404.html"])
+@pytest.mark.parametrize("name", ["index.html", "viz.html", "explorers.html", "layer.html", "api/layer.html", "search.html?q=latent", "404.html"])
 def test_no_barriers(visit, name, theme):
     page = visit(name, theme=theme, bypass_csp=True)
     page.add_script_tag(content=AXE.read_text())
