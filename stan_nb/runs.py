@@ -558,7 +558,9 @@ def page(
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{esc(title)}</title>
 <style>{_STYLE}</style></head><body>
 <header><h1>{esc(title)}</h1>{f'<p class="lead">{esc(lead)}</p>' if lead else ""}</header>
+<main>
 {body}
+</main>
 {f'<script type="module">{script}</script>' if script else ""}</body></html>
 """
 

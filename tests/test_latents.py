@@ -350,6 +350,20 @@ def test_five_thousand_latents_load_fast(thousands, page):
     assert count.inner_text() == "0 of 5,100 latents"
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_no_barriers_in_the_browser(thousands, chromium, theme):
+    from course import ROOT
+    axe = ROOT / "docs" / "node_modules" / "axe-core" / "axe.min.js"
+    if not axe.is_file(): pytest.skip("needs axe-core: `make docs` brings it")
+    context = chromium.new_context(color_scheme=theme, viewport=dict(width=1280, height=900))
+    page = context.new_page()
+    page.goto(thousands.as_uri())
+    page.locator("[data-title]").wait_for()
+    page.evaluate(axe.read_text())
+    assert [(v["id"], v["nodes"][0]["html"]) for v in page.evaluate("axe.run()")["violations"]] == []
+    context.close()
+
+
 def test_a_latent_has_an_address(thousands, page):
     address = f"{thousands.as_uri()}#model.layers.2.mlp.down_proj/1234"
     page.goto(address)
