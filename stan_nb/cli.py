@@ -1,4 +1,4 @@
-"""Eleven commands, each a function of a few lines, and one HTML file that says what was measured.
+"""Twelve commands, each a function of a few lines, and one HTML file that says what was measured.
 
 Docs: https://stan-nb.github.io/stan_nb/cli.html.md"""
 
@@ -9,8 +9,8 @@ __all__ = ['COMMANDS', 'BAD_INPUT', 'QUIET', 'DATA', 'command', 'build_parser', 
            'one_line', 'complain', 'cmd_settings', 'run_asked', 'cmd_train', 'sheet', 'open_model', 'cmd_eval',
            'scored', 'cmd_predict', 'answers', 'open_runs', 'measured', 'compared', 'spread', 'difference', 'verdict',
            'smoothed', 'plot_training', 'activity', 'by_word', 'choose_latents', 'top_words', 'word_parts',
-           'latent_parts', 'score_parts', 'training_parts', 'origin_parts', 'report', 'cmd_report', 'cmd_demo',
-           'cmd_compare', 'numbers', 'cmd_reproduce', 'cmd_verify', 'cmd_evidence', 'cmd_assets']
+           'latent_parts', 'score_parts', 'training_parts', 'origin_parts', 'report', 'cmd_report', 'cmd_latents',
+           'cmd_demo', 'cmd_compare', 'numbers', 'cmd_reproduce', 'cmd_verify', 'cmd_evidence', 'cmd_assets']
 
 # %% ../nbs/70_cli.ipynb #f36fb8e7
 import inspect, json, os, re, shlex, shutil, statistics, sys, warnings
@@ -172,7 +172,7 @@ def closed_pipe():
 
 def overview():
     "What `stan-nb` prints when nothing is asked."
-    first = [name for name in ("demo", "compare", "train", "eval", "predict", "report", "reproduce") if name in COMMANDS]
+    first = [name for name in ("demo", "compare", "train", "eval", "predict", "report", "latents", "reproduce") if name in COMMANDS]
     rows = [f"  {name:<9} {inspect.getdoc(COMMANDS[name]).splitlines()[0]}" for name in dict.fromkeys([*first, *COMMANDS])]
     return "\n".join(["usage: stan-nb COMMAND ...", "", "Sparse adaptation of frozen models: train, evaluate, open up, compare.", "", "commands:", *rows, "",
                       "  stan-nb COMMAND --help says more; STAN_DEBUG=1 shows the traceback of an error."])
@@ -685,6 +685,40 @@ def cmd_report(
     "Compare runs in one HTML file."
     report(runs, out, title)
     print(out)
+
+# %% ../nbs/70_cli.ipynb #88ec7f67
+@command
+def cmd_latents(
+    run:str,              # a run folder, trained with STAN
+    out:str="latents",    # the folder to write
+    export:Annotated[str, {"choices": ["", "saelens", "sparsify", "neuronpedia"]}]="", # write this format instead of the browser: saelens, sparsify or neuronpedia
+    layers:str="",        # names or parts of names, comma separated; empty: all layers
+    split:str="valid",    # which rows: train, valid, test, or a further split of the data
+    rows:int=0,           # at most so many; 0: all
+    examples:int=10,      # strongest examples of a latent
+    width:int=8,          # tokens to either side of an example
+    device:str="auto",    # auto, cpu, cuda or mps
+    overwrite:bool=False, # replace an earlier output
+):
+    "Every latent of a run in one searchable HTML file, or in a format that others read."
+    info = Run.open(run).info
+    if "num_latents" not in (info.get("chosen") or {}): raise ValueError(f"{run} was trained with {info.get('method')}, which has no latents: give a run of stan")
+    if rows < 0: raise ValueError(f"rows = {rows} is out of range: allowed is [0, inf)")
+    from stan_nb.browser import claim, feature_browser
+    from stan_nb.exports import SELECTS, export_neuronpedia, export_sae
+    claim(out, overwrite)
+    task, model = open_model(run, device)
+    asked, name = dict(layers=[part.strip() for part in layers.split(",") if part.strip()] or None, overwrite=overwrite), info["settings"]["backbone"] or info["settings"]["modality"]
+    if export in SELECTS: found = export_sae(model, out, export, name=name, **asked)
+    else:
+        data = task.load_data()
+        if split not in data: raise ValueError(f"split = {split!r} is not known: allowed is one of {', '.join(data)}.{near(split, data)}")
+        some = data[split].select(range(min(rows or len(data[split]), len(data[split]))))
+        if export: found = export_neuronpedia(task, model, some, out, name=name, examples=examples, width=width, **asked)
+        else:
+            where = [f"The run {Path(run).name}, split {split}, {len(some):,} rows. Data: {info.get('source') or info.get('task')}. Corpus hash: {info.get('corpus_hash')}.", Html(f"<p>Made by <code>{esc(command_line())}</code>; the run by <code>{esc(info['command'])}</code>.</p>")]
+            found = feature_browser(task, model, some, out, title=f"Latents of {Path(run).name}", sections=[("Where the numbers come from", where)], examples=examples, width=width, **asked)
+    print(found)
 
 # %% ../nbs/70_cli.ipynb #06363d08
 @command

@@ -136,14 +136,16 @@ def tops(self:LatentStore,
     if n < 1: raise ValueError(f"n = {n} is out of range: allowed is [1, inf)")
     if sign not in ("abs", "+", "-"): raise ValueError(f"sign = {sign!r} is not known: allowed is abs, + or -")
     score = {"abs": np.abs, "+": lambda v: v, "-": lambda v: -v}[sign]
-    best = np.zeros((0, 3))                                                     # latent, token, value
+    best, bar = np.zeros((0, 3)), np.zeros(self.layers[layer]["num_latents"] if layer in self.layers else 0)   # latent, token, value; the weakest of each latent's n
     for start, values, indices in self.chunks(layer):
         values, indices = values.numpy(), indices.numpy()
-        token, column = np.nonzero((values != 0) if sign == "abs" else (score(values) > 0))
+        token, column = np.nonzero(score(values) > bar[indices])
         best = np.vstack([best, np.stack([indices[token, column], token + start, values[token, column]], 1)])
         best = best[np.lexsort((best[:, 1], -score(best[:, 2]), best[:, 0]))]   # by latent, then strength, then place
         first = np.searchsorted(best[:, 0], best[:, 0])                         # where each latent's own begin
         best = best[np.arange(len(best)) - first < n]
+        last = np.flatnonzero(np.arange(len(best)) - np.searchsorted(best[:, 0], best[:, 0]) == n - 1)
+        bar[best[last, 0].astype(int)] = score(best[last, 2])
     found = {}
     for latent, token, value in best: found.setdefault(int(latent), []).append((int(token), float(value)))
     return found

@@ -7,10 +7,10 @@ Docs: https://stan-nb.github.io/stan_nb/runs.html.md"""
 # %% auto #0
 __all__ = ['PACKAGES', 'atomic_write', 'atomic_folder', 'plain', 'versions', 'device_name', 'command_line', 'commit', 'Run',
            'PeakMemory', 'save_results', 'load_results', 'origin', 'summarise', 'paired_difference', 'Html', 'esc',
-           'table_html', 'figure_html', 'page']
+           'table_html', 'figure_html', 'page', 'data_html']
 
 # %% ../nbs/02_runs.ipynb #a64114e7
-import ctypes, errno, html, importlib.metadata, io, json, math, os, platform, re, shlex, shutil, statistics, subprocess, sys, uuid
+import ctypes, errno, hashlib, html, importlib.metadata, io, json, math, os, platform, re, shlex, shutil, statistics, subprocess, sys, uuid
 from base64 import b64encode
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -544,17 +544,31 @@ def page(
     title:str,     # heading and name of the page
     sections:list, # (heading, content) pairs; content: text, Html, an object with `_repr_html_`, or a list of these
     lead:str="",   # a sentence below the title
+    script:str="", # JavaScript, a module: the only one that may run, known by its hash
 )->str:            # the whole file
-    "One self-contained HTML page, light or dark as the reader's system is. Raises ValueError where a part refers to the outside."
+    "One self-contained HTML page, light or dark as the reader's system is. Raises ValueError where a part refers to the outside, or the script would end early."
     body = "\n".join(f"<section><h2>{esc(heading)}</h2>\n{_part(content)}\n</section>" for heading, content in sections)
-    outside = _Outside(body).found
+    outside, policy = _Outside(body).found, _POLICY
+    if script: policy += f"; script-src 'sha256-{b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    if "</script" in script.lower() or "<!--" in script: raise ValueError("script holds </script or <!--, which would end it")
     if outside: raise ValueError(f"the page refers to the outside: {', '.join(outside)}")
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{esc(title)}</title>
 <style>{_STYLE}</style></head><body>
 <header><h1>{esc(title)}</h1>{f'<p class="lead">{esc(lead)}</p>' if lead else ""}</header>
+<main>
 {body}
-</body></html>
+</main>
+{f'<script type="module">{script}</script>' if script else ""}</body></html>
 """
+
+# %% ../nbs/02_runs.ipynb #3fea14e1
+def data_html(
+    name:str, # the element's id
+    value,    # anything that JSON can hold
+)->Html:
+    "Data for a page's script, as a block that is never run: `JSON.parse(document.getElementById(name).textContent)`."
+    text = json.dumps(plain(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Html(f'<script type="application/json" id="{esc(name)}">{text.replace("<", chr(92) + "u003c")}</script>')

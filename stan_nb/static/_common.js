@@ -1,6 +1,6 @@
 // What every picture needs. It is put in front of each of them, so that a picture is one module.
 const POSITIVE = "#d55e00", NEGATIVE = "#0072b2", INK = "#767676";
-const SVG = new Set(["svg", "rect", "line", "path", "polygon", "circle", "text", "g"]);
+const SVG = new Set(["svg", "rect", "line", "path", "polygon", "circle", "text", "g", "title"]);
 
 // A new element below `parent`.
 function draw(parent, tag, attributes = {}, text = "") {
@@ -34,4 +34,11 @@ function put(model, name, value) { model.set(name, value); model.save_changes();
 function follow(model, names, show) {
   for (const name of names) model.on(`change:${name}`, show);
   show();
+}
+
+// The style of a word shaded by a value: a ground, and a line below whose kind is the sign and whose thickness is the strength (as `stan_nb.viz.token_heatmap`).
+function shade(value, most) {
+  if (!value) return "border-bottom:3px solid transparent";
+  const colour = value > 0 ? "213,94,0" : "0,114,178", size = Math.min(1, Math.abs(value) / most);
+  return `background:rgba(${colour},${(0.1 + 0.52 * size).toFixed(2)});border-bottom:${Math.max(1, Math.round(3 * size))}px ${value > 0 ? "solid" : "dotted"} rgb(${colour})`;
 }

@@ -124,6 +124,24 @@ def test_an_answer_is_read_again_token_by_token(visit):
     assert picture.locator("svg rect").count() == said.inner_text().count("#") == 4 and marked.count() == 1 and not page.trouble
 
 
+def test_explorers_follow_the_hand(visit):
+    "The page of another latent, another latent on the same text, what fires on a word, a dose."
+    page = visit("explorers.html")
+    leaf, text, dose = (page.locator(".live").nth(i) for i in range(3))
+    leaf.locator("select").select_option("1")
+    assert leaf.locator("[data-title]").inner_text().startswith("latent 1 of model.layers.1.mlp.down_proj")
+    before = text.locator("output").inner_text()
+    text.get_by_label("next latent").click()
+    assert text.locator("output").inner_text() != before
+    text.locator("[data-token='2']").click()
+    name = text.locator("button", has_text="latent").last.inner_text().rsplit(" ", 1)[0]
+    text.locator("button", has_text=name).last.click()
+    assert text.locator("output").inner_text().startswith(f"{name} fires on")
+    dose.locator("input").focus()
+    page.keyboard.press("End")
+    assert " × 8: " in dose.locator("output").inner_text() and not page.trouble
+
+
 def test_without_javascript_there_is_a_picture(visit):
     page = visit("index.html", java_script_enabled=False)
     still = page.locator(".live img")
@@ -193,7 +211,7 @@ def test_a_config_shows_its_own_fields_first(visit):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["index.html", "viz.html", "layer.html", "api/layer.html", "search.html?q=latent", "404.html"])
+@pytest.mark.parametrize("name", ["index.html", "viz.html", "explorers.html", "layer.html", "api/layer.html", "search.html?q=latent", "404.html"])
 def test_no_barriers(visit, name, theme):
     page = visit(name, theme=theme, bypass_csp=True)
     page.add_script_tag(content=AXE.read_text())
