@@ -39,7 +39,7 @@ WIDE = {"stan wide": dict(method="stan", k=16, rank=128, max_steps=530)}
 SEEDS, CACHE = (0, 1, 2, 3, 4), Path("runs/cache")
 PLANS = dict(
     digits=dict(skills=(1, 8, 32), tune=(32,), target=.5, grid="lr=3e-3 scaling=1,4,16 | lr=1e-3 scaling=4,16 | lr=1e-2 scaling=1,4", methods=METHODS | WIDE),
-    strings=dict(skills=(1, 4, 16), tune=(4, 16), target=.4, grid="lr=3e-3,1e-2 scaling=1,4,16", methods=METHODS),
+    strings=dict(skills=(1, 16), tune=(16,), target=.4, grid="lr=3e-3,1e-2 scaling=1,4,16", methods=METHODS),
     modules=dict(skills=(2, 16), tune=(16,), target=.4, grid="lr=1e-3,4e-3 scaling=1,4,16", methods={name: METHODS[name] for name in ("lora", "routed", "stan k=4", "stan k=16")}))
 
 
