@@ -65,10 +65,10 @@ def rows_of(task, data, label, name, model, skill, seed):
     found = []
     for kind, ways in kinds.items():
         chosen, got = best_way(task, model, own, rest, ways)
-        found.append(dict(seed=seed, variant=f"{label}{name} {kind}", skill=skill, way=chosen, count=sum(map(len, latents[chosen].values())) if kind == "latents" else None, **got))
+        found.append(dict(seed=seed, variant=f"{label}{name} {kind}", deleted=skill, way=chosen, count=sum(map(len, latents[chosen].values())) if kind == "latents" else None, **got))
         if kind == "latents" and not name:
             got = trade(task, model, own["test"], rest["test"], [ablate(model, at_random(model, latents[chosen], seed))])[1]
-            found.append(dict(seed=seed, variant=f"{label} random", skill=skill, way=chosen, count=found[-1]["count"], **got))
+            found.append(dict(seed=seed, variant=f"{label} random", deleted=skill, way=chosen, count=found[-1]["count"], **got))
     return found
 
 
@@ -86,7 +86,7 @@ def main():
             task, models = opened(wanted, corpus)
             for basis, model in models.items():
                 for skill in range(4): rows += rows_of(task, data, label, basis, model, skill, seed)
-            print(f"seed {seed} {label}: " + ", ".join(f"{row['variant']} {row['drop'] - row['lost']:.2f}" for row in rows if row["seed"] == seed and row["skill"] == 0 and row["variant"].startswith(label)), flush=True)
+            print(f"seed {seed} {label}: " + ", ".join(f"{row['variant']} {row['drop'] - row['lost']:.2f}" for row in rows if row["seed"] == seed and row["deleted"] == 0 and row["variant"].startswith(label)), flush=True)
     save_results(out, rows, f"python benchmarks/forget.py {name} --out {out}", list(range(5)), used, corpus, tolerance=.1, code=task_code(wanted), threads=1,
                  protocol=__doc__.split("\n\n", 2)[2].strip())
 
