@@ -59,7 +59,7 @@ def main():
         measured("pages, packed for the browser", lambda: sum(map(len, packed(features(store, layer, task, model, rows))[2])))
     again = [sys.executable, __file__, "--collect-only", *(f"--{name}={getattr(args, name)}" for name in ("tokens", "latents", "k"))]
     table.insert(1, json.loads(subprocess.run(again, env=os.environ | GIVES_BACK, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
-    save_results(args.out, table, "python benchmarks/latents.py", [0], dict(threads=1, num_latents=args.latents, k=args.k, chunk=1 << 16, batch_size=32), tokens=len(store), record_mib=round(mib, 1), files=len(store.sizes))
+    save_results(args.out, table, "python benchmarks/latents.py --out stan_nb/data/results/latents_million.json", [0], dict(threads=1, num_latents=args.latents, k=args.k, chunk=1 << 16, batch_size=32), tokens=len(store), record_mib=round(mib, 1), files=len(store.sizes))
 
 
 if __name__ == "__main__": main()

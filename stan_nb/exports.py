@@ -95,6 +95,7 @@ def neuronpedia_feature(
                 freq_hist_data_bar_values=[page["low"] + step * (i + .5) for i in range(len(page["histogram"]))] if page["fired"] else [], freq_hist_data_bar_heights=page["histogram"] if page["fired"] else [],
                 activations=found, **{name: [] for name in empty})
 
+# %% ../nbs/46_exports.ipynb #296ad15e
 def export_neuronpedia(
     task,                 # see `Task`; with a tokenizer
     model,                # adapted with STAN, in eval mode
