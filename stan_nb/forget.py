@@ -8,10 +8,10 @@ Docs: https://stan-nb.github.io/stan_nb/forget.html.md"""
 __all__ = ['moments', 'own_latents', 'trade', 'Forgotten', 'forget', 'as_latents', 'without_direction']
 
 # %% ../nbs/38_forget.ipynb #6d9e1309
-import contextlib, copy
+import contextlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -85,7 +85,7 @@ class Forgotten:
     "What `forget` took away, and what it cost."
     latents:dict  # layer -> latents whose write direction is zero now
     share:float   # of `own_latents`; None: nothing was taken, because every choice cost more than the limit
-    cost:dict     # of `trade`, on rows that had no part in the choice
+    cost:dict     # of `trade`, on rows that had no part in the choice; "before", and "without" the whole adapter
     curve:list    # of `trade` on the rows of the choice, for each share that was tried
     rows:dict = field(repr=False, default_factory=dict) # layer -> the write directions as they were
     def undo(self, model):
@@ -95,7 +95,7 @@ class Forgotten:
             for name, former in self.rows.items(): adapters[name].decoder[self.latents[name]] = former
     def __str__(self):
         n, before = sum(map(len, self.latents.values())), self.cost["before"]
-        return f"{n} latents in {len(self.latents)} layers: skill {before['skill']:.3f} -> {self.cost['skill']:.3f}, the rest {before['keep']:.3f} -> {self.cost['keep']:.3f}"
+        return f"{n} latents in {len(self.latents)} layers: skill {before['skill']:.3f} -> {self.cost['skill']:.3f} ({self.cost['without']['skill']:.3f} without any adapter), the rest {before['keep']:.3f} -> {self.cost['keep']:.3f}"
 
 # %% ../nbs/38_forget.ipynb #9928f28c
 def forget(
@@ -106,24 +106,28 @@ def forget(
     limit:float=.02,     # points of score the rest may lose on the rows of the choice, 0 <= limit < 1
     shares=(.95, .9, .85, .8, .75, .7, .65, .6, .55, .5, .45, .4), # of `own_latents`, to be tried; each 0 < share < 1
 )->Forgotten:
-    "Take a skill out of a trained adapter, without training. Raises ValueError before anything is changed: too few rows, a limit out of range, no STAN adapter."
+    "Take a skill out of a trained adapter, without training. Raises ValueError before anything is changed: too few rows, a limit out of range, no STAN adapter, no such skill."
     if not 0 <= limit < 1: raise ValueError(f"limit = {limit!r} is out of range: allowed is [0, 1)")
     if not shares or not all(0 < share < 1 for share in shares): raise ValueError(f"shares = {shares!r} is out of range: allowed is one or more of (0, 1)")
     for name, rows in (("skill_data", skill_data), ("keep_data", keep_data)):
         if len(rows) < 4: raise ValueError(f"{name} has {len(rows)} rows: at least 4 are needed, half of them to measure on")
-    half = lambda rows, odd: rows.select(range(odd, len(rows), 2))
+    half = lambda rows, odd: rows.select(np.random.default_rng(0).permutation(len(rows))[odd::2])   # at random, always the same
     adapters, (skill, keep) = find_adapters(model), (half(rows, 0) for rows in (skill_data, keep_data))
+    everything = {name: list(range(adapter.num_latents)) for name, adapter in adapters.items()}
+    with_it, without = trade(task, model, skill, keep, [ablate(model, everything)])
+    if with_it["skill"] <= without["skill"]:
+        raise ValueError(f"skill_data: the adapter does not have this skill, {with_it['skill']:.3f} with it and {without['skill']:.3f} without")
     stats = moments(task, model, [skill, keep])
     plans = [own_latents(stats, 0, share) for share in shares]
     curve = trade(task, model, skill, keep, [ablate(model, plan) for plan in plans])[1:]
     allowed = [i for i, row in enumerate(curve) if row["lost"] <= limit and row["drop"] > 0]
     best = max(allowed, key=lambda i: curve[i]["drop"]) if allowed else None
     latents = plans[best] if allowed else {}
-    before, cost = trade(task, model, half(skill_data, 1), half(keep_data, 1), [ablate(model, latents)])
+    before, cost, floor = trade(task, model, half(skill_data, 1), half(keep_data, 1), [ablate(model, latents), ablate(model, everything)])
     rows = {name: adapters[name].decoder[chosen].detach().clone() for name, chosen in latents.items()}
     with torch.no_grad():
         for name, chosen in latents.items(): adapters[name].decoder[chosen] = 0.
-    return Forgotten(latents, shares[best] if allowed else None, cost | dict(before=before), curve, rows)
+    return Forgotten(latents, shares[best] if allowed else None, cost | dict(before=before, without=floor), curve, rows)
 
 # %% ../nbs/38_forget.ipynb #0d8936e0
 def as_latents(
@@ -138,8 +142,8 @@ def as_latents(
     for adapter in find_adapters(adapted).values() if singular else ():
         with torch.no_grad():
             left, sizes, right = torch.linalg.svd(adapter.decoder.T.double() @ adapter.encoder.double(), full_matrices=False)
-            r = adapter.num_latents
-            adapter.encoder.copy_(right[:r]); adapter.decoder.copy_((left[:, :r] * sizes[:r]).T)
+            r = min(adapter.num_latents, len(sizes))                         # a narrow layer has fewer singular directions than latents
+            for matrix, part in ((adapter.encoder, right[:r]), (adapter.decoder, (left[:, :r] * sizes[:r]).T)): matrix.zero_()[:r] = part
     return adapted
 
 # %% ../nbs/38_forget.ipynb #b190d7e6
@@ -149,6 +153,7 @@ def without_direction(
     stats:dict,      # of `moments`
     part:int,        # number of the set of rows, e.g. 0 for the skill
     share:float=1.,  # of the layers: those in which it stands out most
+    strength:float=1., # 1: its part becomes that of the other rows; more: beyond them
 ):                   # a context manager
     "Take out, in each layer's latent space, the one direction that tells a set of rows from the others (Fisher's discriminant, 1936): the supervised rival of single latents."
     plans, hooks = {}, []
@@ -161,7 +166,7 @@ def without_direction(
     def hook_for(normal, shift, others):
         def hook(adapter, values, indices):
             z = values.new_zeros(*values.shape[:-1], adapter.num_latents).scatter_(-1, indices, values)
-            z = z - ((z - others) @ normal / (normal @ shift))[..., None] * shift
+            z = z - strength * ((z - others) @ normal / (normal @ shift))[..., None] * shift
             return z, torch.arange(adapter.num_latents).expand(z.shape)
         return hook
     adapters = find_adapters(model)
