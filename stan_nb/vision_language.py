@@ -238,7 +238,8 @@ def needs(self:VisionLanguageTask)->dict: # parameters, trained; GiB: weights, o
     trained = dict(full=sum(p.numel() for p in model.parameters()), head=whole).get(self.settings.method) or lora_budget(model, targets, self.settings.rank, head) + whole
     width, layers = config.get_text_config().hidden_size, config.get_text_config().num_hidden_layers
     words = torch.empty(self.settings.batch_size, self.settings.max_length, width, device="meta", requires_grad=True)
-    found = estimate(model, lambda: decoder(inputs_embeds=words, use_cache=False).last_hidden_state.sum(), self.settings.max_steps or 1)
+    mask = torch.empty(1, 1, *[self.settings.max_length] * 2, device="meta")                 # given, so that no value has to be looked at
+    found = estimate(model, lambda: decoder(inputs_embeds=words, attention_mask=mask, use_cache=False).last_hidden_state.sum(), self.settings.max_steps or 1)
     bits = dict(float32=32, bfloat16=16, float16=16)[self.options["dtype"]]
     share = bits / 32 if self.settings.precision == "no" else .5
     kept = found["activations_gib"] / layers + words.numel() * 4 * layers / 2**30 if self.options["checkpointing"] else found["activations_gib"]   # one layer, and the input of each
