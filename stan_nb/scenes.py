@@ -9,10 +9,7 @@ __all__ = ['HUES', 'SHAPES', 'PLACES', 'SIDE', 'KINDS', 'mixed', 'scenes_for', '
            'scene_rows']
 
 # %% ../nbs/25_scenes.ipynb #25a00004
-import json
-from pathlib import Path
 import numpy as np
-from .assets import at_hub
 
 # %% ../nbs/25_scenes.ipynb #25a00007
 HUES = dict(red=(225, 45, 45), green=(50, 175, 70), blue=(60, 95, 235), yellow=(240, 220, 60), purple=(165, 65, 205), white=(240, 240, 240))
