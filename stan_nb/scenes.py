@@ -6,10 +6,12 @@ Docs: https://stan-nb.github.io/stan_nb/scenes.html.md"""
 
 # %% auto #0
 __all__ = ['HUES', 'SHAPES', 'PLACES', 'SIDE', 'KINDS', 'mixed', 'scenes_for', 'paint', 'ask', 'key_of', 'more_questions',
-           'scene_rows']
+           'scene_rows', 'levels']
 
 # %% ../nbs/25_scenes.ipynb #25a00004
+from collections import Counter
 import numpy as np
+from .settings import Table
 
 # %% ../nbs/25_scenes.ipynb #25a00007
 HUES = dict(red=(225, 45, 45), green=(50, 175, 70), blue=(60, 95, 235), yellow=(240, 220, 60), purple=(165, 65, 205), white=(240, 240, 240))
@@ -129,3 +131,23 @@ def scene_rows(
 def _row(image, colours, shapes, first, turns):
     there = [names[v] for names, values in (((tuple(HUES), colours),) if first["kind"] == "colour" else ((SHAPES, shapes),) if first["kind"] == "shape" else ()) for v in values if v >= 0]
     return dict(image=image, question=first["question"], answers=[first["answer"]], kind=first["kind"], present=there, turns=[[q["question"], q["answer"]] for q in turns])
+
+# %% ../nbs/25_scenes.ipynb #25a00024
+def levels(
+    train:list, # rows, of which the first questions count
+    test:list,  # rows
+)->Table:       # for each kind: blind, random present and commonest present (empty for counts), each 0 to 1
+    "What is right by chance, without looking or without binding; expected values, ties shared evenly."
+    said, table = {}, Table()
+    for row in train: said.setdefault(row["question"], Counter())[row["answers"][0]] += 1
+    def commonest(row):
+        count = Counter(row["present"])
+        top = [name for name, n in count.items() if n == max(count.values())]
+        return (row["answers"][0] in top) / len(top)
+    for kind in KINDS:
+        own = [row for row in test if row["kind"] == kind]
+        mean = lambda score: sum(map(score, own)) / len(own)
+        look = not kind.startswith("count")
+        table.append({"kind": kind, "blind": mean(lambda row: float(said[row["question"]].most_common(1)[0][0] == row["answers"][0])),
+                      "random present": mean(lambda row: row["present"].count(row["answers"][0]) / len(row["present"])) if look else None, "commonest present": mean(commonest) if look else None})
+    return table
