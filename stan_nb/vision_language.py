@@ -27,7 +27,7 @@ from .scenes import scene_rows
 from .task import Task
 from .visual_questions import cleaned, exact_match, find_questions, read_image, vqa_accuracy
 
-# %% ../nbs/32_vision_language.ipynb #32a00004
+# %% ../nbs/32_vision_language.ipynb #32a00005
 log = logging.getLogger(__name__)
 LLAVA_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}USER: {% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %} "
                   "{% else %}ASSISTANT: {{ message['content'][0]['text'] }} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
@@ -58,7 +58,7 @@ def pieces(
         if answer is not None and ends and not any(end in found[-1] for end in ends): found[-1] = found[-1].rstrip() + ends[0]
     return found
 
-# %% ../nbs/32_vision_language.ipynb #32a00005
+# %% ../nbs/32_vision_language.ipynb #32a00007
 def answer_loss(
     model:nn.Module, # a vision-language model
     batch:dict,      # of `VisionLanguageTask.collate`
@@ -90,7 +90,7 @@ def projector_of(
     if not found: raise ValueError(f"{type(model).__name__} has no module that is called {', '.join(ends)}: name it in opt.whole")
     return found[0]
 
-# %% ../nbs/32_vision_language.ipynb #32a00006
+# %% ../nbs/32_vision_language.ipynb #32a00009
 class VisionLanguageTask(Task):
     "Questions about pictures that a vision-language model answers in writing."
     unit = "tokens"
@@ -129,7 +129,7 @@ class VisionLanguageTask(Task):
         numbers = [self.processor.tokenizer.eos_token_id, *(numbers if isinstance(numbers, list) else [] if numbers is None else [numbers])]
         return tuple(self.processor.tokenizer.convert_ids_to_tokens(n) for n in dict.fromkeys(numbers) if n is not None)
 
-# %% ../nbs/32_vision_language.ipynb #32a00007
+# %% ../nbs/32_vision_language.ipynb #32a00011
 @patch
 def load_data(self:VisionLanguageTask):
     splits, _ = self.found
@@ -153,7 +153,7 @@ def _fingerprint(image): # of a file's bytes; of anything else, its name
     path = Path(image)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else image
 
-# %% ../nbs/32_vision_language.ipynb #32a00008
+# %% ../nbs/32_vision_language.ipynb #32a00013
 @patch
 def read(self:VisionLanguageTask, texts, images, side): # the processor's batch, padded on one side
     token = next((token for name in ("image_token", "boi_token") if (token := getattr(self.processor, name, None))), "<image>")
@@ -188,7 +188,7 @@ def shortened(self:VisionLanguageTask, batch): # to max_length tokens, the pictu
         raise ValueError(f"max_length = {most} is too short: with its picture, the first answer of a talk ends at token {int((batch['labels'] >= 0).int().argmax(1).max()) + 1} or later")
     return {name: t[:, :most] if t.ndim == 2 and t.shape[1] == width else t for name, t in batch.items()}
 
-# %% ../nbs/32_vision_language.ipynb #32a00009
+# %% ../nbs/32_vision_language.ipynb #32a00015
 @patch
 def loss(self:VisionLanguageTask, model, batch): return answer_loss(model, batch, self.short)
 
@@ -205,7 +205,7 @@ def targets(self:VisionLanguageTask, model): return self.settings.targets or lan
 def head(self:VisionLanguageTask, model): # opt.whole: modules trained in full at head_lr; "projector" finds the projector
     return [projector_of(model) if name == "projector" else name for name in map(str.strip, self.options["whole"].split(",")) if name]
 
-# %% ../nbs/32_vision_language.ipynb #32a00010
+# %% ../nbs/32_vision_language.ipynb #32a00017
 @patch
 def build_model(self:VisionLanguageTask):
     "The pretrained model. Prints what it will need, unless it comes with the package. Raises ValueError for a checkpoint that is none, ConnectionError without hub."
@@ -226,7 +226,7 @@ def quantized(self:VisionLanguageTask): # arguments for a base of 4 bits, as QLo
     if not importlib.util.find_spec("bitsandbytes"): raise ValueError("opt.four_bit = True needs bitsandbytes, which is not installed: `pip install bitsandbytes` (it needs a GPU), or opt.four_bit=False")
     return dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True))
 
-# %% ../nbs/32_vision_language.ipynb #32a00011
+# %% ../nbs/32_vision_language.ipynb #32a00019
 @patch
 def needs(self:VisionLanguageTask)->dict: # parameters, trained; GiB: weights, optimizer, activations and memory, their sum
     "What training will need, from the configuration alone. Activations are those of the language model on batch_size talks of max_length tokens."
@@ -250,7 +250,7 @@ def needs_text(needs:dict)->str: # one line for people
     return (f"{needs['parameters']:,} parameters, {needs['trained']:,} trained; GiB of memory: weights {needs['weights']:.2f}, trained tensors with AdamW {needs['optimizer']:.2f}, "
             f"activations {needs['activations']:.2f}, together {needs['memory']:.2f}")
 
-# %% ../nbs/32_vision_language.ipynb #32a00012
+# %% ../nbs/32_vision_language.ipynb #32a00021
 @patch
 def questions(self:VisionLanguageTask, rows): # a batch for `predict`: no answers, padded on the left
     return self.asked([row["question"] for row in rows], [self.found[1](row["image"]) for row in rows])
@@ -285,7 +285,7 @@ def predict_image(
         with torch.no_grad(): return self.predict(model.eval(), batch)
     finally: model.train(training)
 
-# %% ../nbs/32_vision_language.ipynb #32a00013
+# %% ../nbs/32_vision_language.ipynb #32a00023
 @patch
 def references(self:VisionLanguageTask, rows): return [dict(answers=a, kind=k, present=p) for a, k, p in zip(rows["answers"], rows["kind"], rows["present"] if "present" in rows.column_names else [[]] * len(rows))]
 
