@@ -139,6 +139,7 @@ def find_questions(
     missing = tuple(split for split in ("valid", "test") if split not in splits)
     return ({**splits, **cut_by_image(splits["train"], ("train", *missing))} if missing else splits), opened
 
+# %% ../nbs/24_visual_questions.ipynb #24a00121
 def _of_folder(path):
     files = {split: next((path/f"{name}.jsonl" for name in names if (path/f"{name}.jsonl").is_file()), None) for split, names in SPLITS.items()}
     found = sorted(path.glob("*.jsonl"))
