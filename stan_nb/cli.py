@@ -316,13 +316,15 @@ def scored(task, split, scores, records, questions):
 def cmd_predict(
     run:str,                # a run folder
     texts:positional("+"),  # what to judge, or to answer; for pairs: "summary | name"
+    image:str="",           # a picture file, for questions about it
     logits:bool=False,      # print exact answers, one JSON object a line, with logits where there are some
     device:str="auto",      # auto, cpu, cuda or mps
 ):
     "Labels and probabilities for your own text, or what the model writes about it."
     task, model = open_model(run, device)
-    if not hasattr(task, "predict_text"): raise ValueError(f"{run} was trained on {task.name}, which is no text: `stan-nb eval {run}` is what it can do")
-    found = answers(task, texts, task.predict_text(model, texts))
+    if bool(image) != hasattr(task, "predict_image"): raise ValueError(f"image = {image!r}: {task.name} {'has nothing to do with pictures, leave it out' if image else 'is about pictures, name one with --image'}")
+    if not image and not hasattr(task, "predict_text"): raise ValueError(f"{run} was trained on {task.name}, which is no text: `stan-nb eval {run}` is what it can do")
+    found = answers(task, texts, task.predict_image(model, image, texts) if image else task.predict_text(model, texts))
     if logits: print("\n".join(json.dumps(row, ensure_ascii=False) for row in found))
     else: print(Table([{key: f"{row[key]:.3f}" if isinstance(row[key], float) else row[key] for key in row if key != "logits"} for row in found]))
 
