@@ -25,7 +25,7 @@ REPOSITORY, SITE = ABOUT["urls"]["Repository"], ABOUT["urls"]["Documentation"]
 COLAB = f"https://colab.research.google.com/github/{REPOSITORY.removeprefix('https://github.com/')}/blob/main/nbs"
 DIRECTIVES = {"default_exp", "export", "exports", "exporti", "hide", "echo", "fig-alt", "cuda", "slow", "nostore", "measured", "hide_line", "filter_stream"}
 TAGS = {"details", "summary", "sub", "sup", "kbd", "br", "code"}
-PARTS = {"Ground": range(0, 10), "Method": range(10, 20), "Training": range(20, 26), "Modalities": range(26, 36), "Laws": range(36, 40),
+PARTS = {"Ground": range(0, 10), "Method": range(10, 20), "Training": range(20, 24), "Modalities": range(24, 36), "Laws": range(36, 40),
          "Latents": range(40, 50), "Speed": range(50, 60), "Proof and use": range(60, 100)}
 FACTS = ("Time", "Memory", "Hardware", "Level")
 
