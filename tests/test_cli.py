@@ -115,12 +115,12 @@ def test_what_can_be_known_at_once_is_said_at_once(tmp_path, words):
 
 
 def test_the_help_names_methods_tasks_and_defaults(capsys):
-    from stan_nb.methods import METHODS
+    from stan_nb.cli import TITLES
     def said(*words):
         assert main([*words, "--help"]) == 0
         return " ".join(capsys.readouterr().out.split())
     plain, text, eval_ = said("train"), said("train", "text"), said("eval")
-    assert f"allowed: {', '.join(METHODS)}; default: stan" in plain and "text: docstrings, grammar," in plain and "default: 0.002" in plain
+    assert f"allowed: {', '.join(TITLES)}; default: stan" in plain and "text: docstrings, grammar," in plain and "default: 0.002" in plain
     assert "[text.embedded]" in text and "backbone: asset:minilm" not in text and "default: asset:minilm" in text and "default: 0.001" in text and "gsm8k" not in text
     assert "default: microsoft/deberta-v3-base" in said("train", "text", "--scale", "paper") and "default: asset:minilm" in said("demo")
     assert "seed" not in eval_ and "default: 0.0" not in eval_                       # the run's own values hold there
