@@ -27,3 +27,9 @@ def number(path):
     "The room number of a notebook: its two leading digits; `index` stands above all."
     m = re.match(r"(\d\d)_", Path(path).name)
     return int(m.group(1)) if m else 100
+
+
+def own_methods():
+    "The methods of the registry's own room: other lessons register theirs, which need not fit the models of every test."
+    from stan_nb.methods import METHODS
+    return [name for name, kind in METHODS.items() if kind.__module__ == "stan_nb.methods"]

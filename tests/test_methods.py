@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stan_nb.methods import METHODS, count_parameters, base_hash, get_method, lora_budget, method_from_settings, spend, target_names, unit_costs
+from course import own_methods
+from stan_nb.methods import count_parameters, base_hash, get_method, lora_budget, method_from_settings, spend, target_names, unit_costs
 from stan_nb.settings import settings
 from stan_nb.sora import gates
 
@@ -111,7 +112,7 @@ def test_conv1d_of_transformers():
     assert unit_costs(net, ["0"]) == {"0": 20}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", own_methods())
 def test_start_is_the_frozen_model(name):
     x = torch.randn(5, 40)
     reference = Net().eval()
@@ -119,7 +120,7 @@ def test_start_is_the_frozen_model(name):
     assert torch.equal(model.eval()(x), reference(x))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", own_methods())
 def test_save_load(name, tmp_path):
     method, model = built(name)
     shake(model)
@@ -147,7 +148,7 @@ def damaged(folder, kind, weights):
     elif kind == "half record": (folder / "method.json").write_text("{}")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", own_methods())
 @pytest.mark.parametrize("kind", ["truncated", "empty", "missing", "nan", "inf", "shape", "less", "more", "record", "half record", "folder", "base", "config"])
 def test_refused_before_anything_changes(name, kind, tmp_path):
     method, model = built(name)
@@ -181,7 +182,7 @@ def test_base_hash_survives_half_precision_and_ignores_the_head():
     assert base_hash(Net(seed=1), HEAD) != print_
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", own_methods())
 def test_groups_hold_each_trained_parameter_once(name):
     method, model = built(name)
     groups = method.param_groups(model, lr=1e-3, head_lr=1e-2, weight_decay=.1)

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 from stan_nb import assets, results
+from course import own_methods
 from stan_nb.cli import main
-from stan_nb.methods import METHODS
 from stan_nb.results import BACKBONES, GLUE_ROWS, KNOWN, TASKS, backbone_config, beside, cell_plan, claims, measured, odd, published, reproduce, run_plan, split_sizes
 from stan_nb.runs import load_results
 from stan_nb.settings import settings
@@ -77,7 +77,7 @@ def test_what_is_measured_names_its_file():
         scores = [r.get("score", r.get(load_results(row["file"]).get("metric"))) for r in load_results(row["file"])["rows"]
                   if r.get("variant") == row["variant"] and r.get("stage", "test") == "test"]
         assert row["score"] == pytest.approx(sum(scores) / len(scores)) and row["seeds"] == len(scores)
-    assert measured("toy") == []
+    assert measured("nothing") == []
 
 def test_a_result_at_paper_scale_fills_its_cell(tmp_path):
     stored = load_results("text_demo")
@@ -91,7 +91,7 @@ def test_a_result_at_paper_scale_fills_its_cell(tmp_path):
     assert all(row["ours"] == "not run" for row in beside("glue_deberta_v3_base", tmp_path))   # another scale is another experiment
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", own_methods())
 def test_a_plan_counts_what_is_built(tiny, rte, method):
     "The plan's parameters, made of shapes alone, are those of the run."
     from stan_nb.train import train_run

@@ -6,8 +6,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 from stan_nb import assets
+from course import own_methods
 from stan_nb.assets import shipped
-from stan_nb.methods import METHODS, lora_budget, method_from_settings
+from stan_nb.methods import lora_budget, method_from_settings
 from stan_nb.runs import Run
 from stan_nb.settings import settings
 from stan_nb.task import Task, evaluate
@@ -289,7 +290,7 @@ FORMS = dict(single=[dict(sentence=f"{word} {letter}", label=label) for label, w
              score=[dict(sentence1=a, sentence2=b, label=float(a == b) * 5) for a in "abcd" for b in "abcd"])
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", own_methods())
 @pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta"])
 def test_every_encoder_and_form_trains_with_every_method(tiny, tmp_path, name, form, method):

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import stan_nb.train as train
-from stan_nb.methods import METHODS, method_from_settings, lora_budget
+from course import own_methods
+from stan_nb.methods import method_from_settings, lora_budget
 from stan_nb.runs import Run
 from stan_nb.settings import settings
 from stan_nb.sora import gates
@@ -63,7 +64,7 @@ def test_kill_and_resume(method, kills, tmp_path):
     assert left(tmp_path / "killed") == left(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", own_methods())
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupt_and_resume(method, number, tmp_path, monkeypatch):
     experiment = settings("toy", method=method, xi=4e-3, eval_every=15, epochs=2, dropout=.1, grad_accum=2, train_size=1000)
