@@ -8,14 +8,14 @@ Docs: https://stan-nb.github.io/stan_nb/forget.html.md"""
 __all__ = ['moments', 'own_latents', 'trade', 'Forgotten', 'forget', 'as_latents', 'without_direction']
 
 # %% ../nbs/38_forget.ipynb #6d9e1309
-import contextlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import nn
-from .hooks import ablate, find_adapters, record
+from .hooks import _hooked, ablate, find_adapters, record
 from .peft import from_lora
 from .task import evaluate, take
 
@@ -27,17 +27,20 @@ def moments(
     parts,              # sets of rows, e.g. [rows of the skill, rows to keep]; each with at least one row
     batch_size:int=128, # rows at a time
 )->dict:                # layer -> (writes (parts, num_latents), means (parts, num_latents), covariance within parts (num_latents, num_latents))
-    "How much each latent writes in each set of rows, and its signed mean, per token; padding does not count. Raises ValueError for a set without rows."
-    adapters = find_adapters(model)
+    "How much each latent writes in each set of rows, and its signed mean, per token; padding does not count, and the model's mode is restored. Raises ValueError for a set without rows."
+    adapters, device, training = find_adapters(model), next(model.parameters()).device, model.training
     if not parts or not all(len(rows) for rows in parts): raise ValueError(f"parts has {[len(rows) for rows in parts]} rows: each set needs at least one")
     found = {name: ([], [], 0.) for name in adapters}
     for rows in parts:
         sums = {name: [0, 0., 0., 0.] for name in adapters}
-        for start in range(0, len(rows), batch_size):
-            batch = task.questions(take(rows, range(start, min(start + batch_size, len(rows)))))
-            with record(model) as kept: task.predict(model, batch)
-            for name, calls in kept.items():
-                for call in calls: _add(sums[name], call, batch.get("attention_mask"), adapters[name].num_latents)
+        model.eval()
+        try:
+            for start in range(0, len(rows), batch_size):
+                batch = send_to_device(task.questions(take(rows, range(start, min(start + batch_size, len(rows))))), device)
+                with record(model) as kept: task.predict(model, batch)
+                for name, calls in kept.items():
+                    for call in calls: _add(sums[name], call, batch.get("attention_mask"), adapters[name].num_latents)
+        finally: model.train(training)
         for name, (n, size, mean, square) in sums.items():
             if not n: raise ValueError(f"layer {name!r} saw no token")
             writes, means, within = found[name]
@@ -73,10 +76,11 @@ def trade(
 )->list[dict]:  # before the first, and for each: skill, keep (scores), drop (share of the skill's score that is gone), lost (points the rest lost)
     "What is gone and what it costs, way by way."
     score = lambda rows: evaluate(task, model, rows, progress=False)[task.metric]
-    before, found = (score(skill), score(keep)), []
-    for way in (contextlib.nullcontext(), *ways):
-        with way: now = score(skill), score(keep)
-        found.append(dict(skill=now[0], keep=now[1], drop=(before[0] - now[0]) / max(before[0], 1e-9), lost=before[1] - now[1]))
+    found = []
+    for way in (nullcontext(), *ways):
+        with way: now = dict(skill=score(skill), keep=score(keep))
+        before = found[0] if found else now
+        found.append(now | dict(drop=(before["skill"] - now["skill"]) / max(before["skill"], 1e-9), lost=before["keep"] - now["keep"]))
     return found
 
 # %% ../nbs/38_forget.ipynb #8978d32e
@@ -114,17 +118,16 @@ def forget(
     half = lambda rows, odd: rows.select(np.random.default_rng(0).permutation(len(rows))[odd::2])   # at random, always the same
     adapters, (skill, keep) = find_adapters(model), (half(rows, 0) for rows in (skill_data, keep_data))
     everything = {name: list(range(adapter.num_latents)) for name, adapter in adapters.items()}
-    with_it, without = trade(task, model, skill, keep, [ablate(model, everything)])
-    if with_it["skill"] <= without["skill"]:
-        raise ValueError(f"skill_data: the adapter does not have this skill, {with_it['skill']:.3f} with it and {without['skill']:.3f} without")
     stats = moments(task, model, [skill, keep])
     plans = [own_latents(stats, 0, share) for share in shares]
-    curve = trade(task, model, skill, keep, [ablate(model, plan) for plan in plans])[1:]
+    with_it, without, *curve = trade(task, model, skill, keep, [ablate(model, plan) for plan in (everything, *plans)])
+    if with_it["skill"] <= without["skill"]:
+        raise ValueError(f"skill_data: the adapter does not have this skill, {with_it['skill']:.3f} with it and {without['skill']:.3f} without")
     allowed = [i for i, row in enumerate(curve) if row["lost"] <= limit and row["drop"] > 0]
     best = max(allowed, key=lambda i: curve[i]["drop"]) if allowed else None
     latents = plans[best] if allowed else {}
     before, cost, floor = trade(task, model, half(skill_data, 1), half(keep_data, 1), [ablate(model, latents), ablate(model, everything)])
-    rows = {name: adapters[name].decoder[chosen].detach().clone() for name, chosen in latents.items()}
+    rows = {name: adapters[name].decoder[chosen].detach() for name, chosen in latents.items()}
     with torch.no_grad():
         for name, chosen in latents.items(): adapters[name].decoder[chosen] = 0.
     return Forgotten(latents, shares[best] if allowed else None, cost | dict(before=before, without=floor), curve, rows)
@@ -156,7 +159,7 @@ def without_direction(
     strength:float=1., # 1: its part becomes that of the other rows; more: beyond them
 ):                   # a context manager
     "Take out, in each layer's latent space, the one direction that tells a set of rows from the others (Fisher's discriminant, 1936): the supervised rival of single latents."
-    plans, hooks = {}, []
+    plans = {}
     for name, (_, means, within) in stats.items():
         others = means[[i for i in range(len(means)) if i != part]].mean(0)
         shift = means[part] - others
@@ -166,14 +169,9 @@ def without_direction(
     def hook_for(normal, shift, others):
         def hook(adapter, values, indices):
             z = values.new_zeros(*values.shape[:-1], adapter.num_latents).scatter_(-1, indices, values)
-            z = z - strength * ((z - others) @ normal / (normal @ shift))[..., None] * shift
-            return z, torch.arange(adapter.num_latents).expand(z.shape)
+            n, d, o = normal.to(z), shift.to(z), others.to(z)
+            z = z - strength * ((z - o) @ n / (n @ d))[..., None] * d
+            return z, torch.arange(adapter.num_latents, device=z.device).expand(z.shape)
         return hook
     adapters = find_adapters(model)
-    try:
-        for name in kept:
-            hooks.append((adapters[name], hook_for(*plans[name][1:])))
-            hooks[-1][0].latent_hooks.append(hooks[-1][1])
-        yield
-    finally:
-        for adapter, hook in hooks: adapter.latent_hooks.remove(hook)
+    with _hooked([(adapters[name], hook_for(*plans[name][1:])) for name in kept]): yield

@@ -22,7 +22,7 @@ from torch import nn
 from .assets import shipped
 from .diffusion import DiffusionTask
 from .forget import own_latents
-from .hooks import ablate, find_adapters, record, scale
+from .hooks import _hooked, ablate, find_adapters, record, scale
 from .pictures import DIGITS, contact_sheet, load_judge
 from .runs import atomic_write
 from .settings import Table
@@ -98,20 +98,15 @@ def switched_on(
     strength:float=1., # 1: as strong as they are on average while the style is drawn
 ):                     # a context manager
     "Hold a style's own latents at their mean values for every token, whatever the prompt says."
-    adapters, hooks = find_adapters(model), []
+    adapters = find_adapters(model)
     def hook_for(latents, values_on):
         def hook(adapter, values, indices):
             values = torch.where(torch.isin(indices, latents), 0, values)
             shape = (*indices.shape[:-1], len(latents))
             return torch.cat([values, values_on.to(values).expand(shape)], -1), torch.cat([indices, latents.expand(shape)], -1)
         return hook
-    try:
-        for name, latents in own_latents(stats, style, share).items():
-            hooks.append((adapters[name], hook_for(torch.tensor(latents), strength * stats[name][1][style, latents])))
-            hooks[-1][0].latent_hooks.append(hooks[-1][1])
-        yield
-    finally:
-        for adapter, hook in hooks: adapter.latent_hooks.remove(hook)
+    own = own_latents(stats, style, share)
+    with _hooked([(adapters[name], hook_for(torch.tensor(latents), strength * stats[name][1][style, latents])) for name, latents in own.items()]): yield
 
 # %% ../nbs/43_steering.ipynb #4d355153
 def movers(

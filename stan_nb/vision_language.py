@@ -1,4 +1,4 @@
-"""A LLaVA that you can train in a minute learns to look things up in a picture, in front of you; the same lines train LLaVA-1.5 and its successors.
+"""A LLaVA small enough to train on a CPU is asked about pictures, beside what is right without looking and without binding; the same lines take LLaVA-1.5 from a folder or the hub.
 
 Docs: https://stan-nb.github.io/stan_nb/vision_language.html.md"""
 

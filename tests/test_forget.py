@@ -4,12 +4,14 @@ import copy
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from stan_nb.forget import as_latents, forget, moments, own_latents, trade, without_direction
 from stan_nb.hooks import ablate, find_adapters
 from stan_nb.interference import Many
+from stan_nb.layer import adapt
 from stan_nb.settings import settings
 from stan_nb.task import evaluate, take
 from stan_nb.train import train_run
@@ -144,3 +146,33 @@ def test_a_direction_taken_out_leaves_the_mean_of_the_others(opened):
     shift = lambda found: (found[first][1][0] - found[first][1][1]).norm()
     assert shift(after) < .2 * shift(stats)
     assert trade(task, model, own, rest, [ablate(model, {})])[1]["drop"] == 0
+
+
+class Padded:
+    "Two tokens a row, the second one padding; a task of the fewest methods that counting needs."
+    def questions(self, rows): return dict(x=torch.tensor([row["x"] for row in rows]), attention_mask=torch.tensor([[1, 0]] * len(rows)))
+    def predict(self, model, batch):
+        assert not model.training
+        return model(batch["x"])
+
+
+def test_padding_does_not_count_and_the_mode_is_restored():
+    torch.manual_seed(0)
+    real = torch.randn(6, 1, 8)
+    rows = lambda padding: Dataset.from_dict(dict(x=torch.cat([real, padding], 1).tolist()))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    adapt(model, ["0"], num_latents=4, k=2)
+    for adapter in find_adapters(model).values(): torch.nn.init.normal_(adapter.decoder)
+    model.train()
+    one, other = (moments(Padded(), model, [rows(padding)]) for padding in (torch.zeros(6, 1, 8), 100 * torch.randn(6, 1, 8)))
+    for name in one: assert all(torch.equal(a, b) for a, b in zip(one[name], other[name])) and one[name][0].any()
+    assert model.training
+
+
+def test_the_frozen_score_is_taken_once(opened, monkeypatch):
+    task, model = opened
+    own, rest = parts(task)
+    seen = []
+    monkeypatch.setattr("stan_nb.forget.evaluate", lambda task, model, rows, progress: (seen.append(len(rows)), dict(accuracy=.5))[1])
+    found = trade(task, model, own, rest, [ablate(model, {}) for _ in range(3)])
+    assert len(found) == 4 and len(seen) == 8
